@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a person can mend. Everything else is a bug and keeps its traceback."""
+"""The exceptions that reach a person as one line. Everything else is a bug and keeps its traceback."""
 
 
 class UserError(Exception):
@@ -6,3 +6,16 @@ class UserError(Exception):
 
     The command line prints it as `error: <message>`, one line each, without a traceback, and exits with code 2.
     """
+
+
+class TrainingError(Exception):
+    """Training cannot go on (a loss that is not finite, a self-check that failed): what, when, and where the data of
+    that moment was saved. Exit code 1, no traceback."""
+
+
+class StageFailed(Exception):
+    """A stage's processes ended with an error; the message has its cause and the place of the log."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

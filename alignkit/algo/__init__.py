@@ -1,0 +1,4 @@
+"""The mathematics of PPO with KL control: pure functions of tensors. Imports torch and itself, nothing else.
+
+Read in this order: types, masked, sequence, kl, advantage, losses.
+"""

@@ -1,0 +1,1 @@
+"""How a run is composed, checked, launched, sharded and stored."""

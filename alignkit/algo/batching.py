@@ -1,0 +1,41 @@
+"""Rows of token ids as rectangles, and a mask that says which entries are real."""
+
+import random
+
+import torch
+from torch import Tensor
+
+
+def pad_left(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids -> tokens [B, T] int64 and mask [B, T] bool, padding on the left (prompts)."""
+    width = max(len(row) for row in rows)
+    tokens = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], dtype=torch.long)
+    lengths = torch.tensor([len(row) for row in rows])
+    return tokens, torch.arange(width)[None, :] >= (width - lengths)[:, None]
+
+
+def pad_right(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids -> tokens [B, T] int64 and mask [B, T] bool, padding on the right (whole texts)."""
+    width = max(len(row) for row in rows)
+    tokens = torch.tensor([list(row) + [pad_id] * (width - len(row)) for row in rows], dtype=torch.long)
+    lengths = torch.tensor([len(row) for row in rows])
+    return tokens, torch.arange(width)[None, :] < lengths[:, None]
+
+
+def length_order(mask: Tensor) -> Tensor:
+    """Row numbers from the shortest to the longest: micro-batches cut from this order hold little padding."""
+    return mask.sum(dim=1).argsort(stable=True)
+
+
+def permutation(n: int, *seeds: int) -> Tensor:
+    """A permutation of range(n) that depends on the seeds alone, the same on every rank and device."""
+    generator = torch.Generator().manual_seed(random.Random(repr(seeds)).getrandbits(63))
+    return torch.randperm(n, generator=generator)
+
+
+def prompt_indices(start: int, count: int, num_prompts: int, seed: int) -> Tensor:
+    """The prompts number start .. start + count - 1 of an endless sequence of shuffled passes over the data. [count]"""
+    first, last = start // num_prompts, (start + count - 1) // num_prompts
+    passes = torch.cat([permutation(num_prompts, seed, number) for number in range(first, last + 1)])
+    offset = start - first * num_prompts
+    return passes[offset : offset + count]

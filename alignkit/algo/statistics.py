@@ -1,0 +1,42 @@
+"""Shares with their uncertainty: Wilson intervals, and accuracy over all pairs of two groups."""
+
+import math
+
+import torch
+from torch import Tensor
+
+Z95 = 1.959963984540054  # two-sided 95% of the normal distribution
+
+
+def wilson_interval(successes: float, count: int) -> tuple[float, float]:
+    """95% interval of a share. Source: Wilson 1927. count 0 gives (0, 1): nothing is known."""
+    if count == 0:
+        return 0.0, 1.0
+    share, square = successes / count, Z95**2
+    centre = (share + square / (2 * count)) / (1 + square / count)
+    half = Z95 * math.sqrt(share * (1 - share) / count + square / (4 * count**2)) / (1 + square / count)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def contrast_accuracy(positive: Tensor, negative: Tensor) -> tuple[float, float, float]:
+    """Share of (positive, negative) pairs in order, ties counting half, with its 95% interval.
+
+    Shapes: scores [m] and [n] -> (share, low, high). The m * n pairs are not independent, so the spread is that of
+    the two samples of texts, not of the pairs. Source: Mann and Whitney 1947; DeLong et al. 1988 (variance).
+    """
+    difference = positive.double()[:, None] - negative.double()[None, :]
+    order = torch.where(difference > 0, 1.0, torch.where(difference == 0, 0.5, 0.0)).double()
+    share = float(order.mean())
+    by_positive, by_negative = order.mean(dim=1), order.mean(dim=0)
+    variance = float(by_positive.var() / len(by_positive) + by_negative.var() / len(by_negative))
+    half = Z95 * math.sqrt(variance) if math.isfinite(variance) else 1.0
+    return share, max(0.0, share - half), min(1.0, share + half)
+
+
+def distinct_2(responses: list[list[int]]) -> float:
+    """Share of distinct pairs of neighbouring tokens among all such pairs, over all responses; 0 if there are none.
+
+    Source: Li et al. 2016, arXiv:1510.03055. It falls with the number of responses: compare equal numbers only.
+    """
+    pairs = [pair for row in responses for pair in zip(row, row[1:])]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0

@@ -1,0 +1,65 @@
+"""The command `alignkit <recipe> [overrides]`: finds the recipe's file and runs it."""
+
+import ast
+import runpy
+import sys
+from pathlib import Path
+
+from alignkit import __version__
+
+USAGE = """alignkit {version}: alignment of language models from human preferences
+
+  alignkit RECIPE [KEY=VALUE ...]       run a recipe
+  alignkit RECIPE --cfg job             print all its settings, each with its value
+  alignkit RECIPE --info defaults-tree  print where they come from
+  alignkit RECIPE -m KEY=A,B,C          run once for each value
+  alignkit RECIPE --config-dir FOLDER   add your own options to its groups
+  eval "$(alignkit RECIPE -sc install=bash)"   tab completion
+
+recipes:
+{recipes}
+
+examples:
+  alignkit rlhf                                              the embedded default: no network, no GPU
+  alignkit rlhf name=mine seed=1 kl.target=3                 settings are written group.key=value
+  alignkit rlhf experiment=movie_reviews data.path=movie_reviews.jsonl.gz
+  alignkit rlhf model.path=Qwen/Qwen3-0.6B data=jsonl data.path=pairs.jsonl launch.processes=8
+  alignkit ppo policy=runs/mine/sft reward.path=runs/mine/reward_model kl=fixed kl.coef=0.05
+"""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    words = sys.argv[1:]
+    recipes = find_recipes()
+    if words[:1] == ["--version"]:
+        print(f"alignkit {__version__}")
+        return
+    if not words or words[0] in ("-h", "--help", "help"):
+        width = max(len(name) for name in recipes)
+        listed = "\n".join(f"  {name:<{width}}  {_summary(file)}" for name, file in recipes.items())
+        print(USAGE.format(version=__version__, recipes=listed))
+        return
+    name = words[0]
+    if name not in recipes:
+        print(f"error: no recipe '{name}'; recipes: {', '.join(recipes)} (alignkit --help)", file=sys.stderr)
+        sys.exit(2)
+    from alignkit.runtime.recipe import is_extra_rank
+
+    if is_extra_rank():
+        return
+    sys.argv = [f"alignkit {name}", *words[1:]]
+    runpy.run_path(str(recipes[name]), run_name="__main__")
+
+
+def find_recipes() -> dict[str, Path]:
+    """Name -> file of the shipped recipes, the whole chain first."""
+    package = Path(__file__).resolve().parent
+    folder = next(f for f in (package.parent / "recipes", package / "recipes") if (f / "rlhf.py").is_file())
+    order = ["rlhf", "sft", "reward_model", "ppo"]
+    files = {file.stem: file for file in folder.glob("*.py") if not file.stem.startswith("_")}
+    return {name: files[name] for name in sorted(files, key=lambda n: (order.index(n) if n in order else 99, n))}
+
+
+def _summary(file: Path) -> str:
+    return (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").split("\n")[0]

@@ -1,0 +1,295 @@
+"""From one row of a data set to one training row: the format is recognised by the row's keys, checked, converted.
+
+Keys decide, values never do, so that every row of a file is read by the same visible rule; a key whose value is null
+counts as absent (columnar files fill the gaps of mixed rows with null). Every fault is a `ValueError` that reads
+"expected ..., got ..."; the reader puts file and line in front.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+from alignkit.data.corpus import Demonstration, Pair, Prompt
+
+Turns = list[dict[str, str]]
+
+ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+SPEAKERS = {**ROLES, "human": "user", "gpt": "assistant"}
+TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
+TRANSCRIPT_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+LABELS = {"negative": 0, "positive": 1}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text that people found good (label 1) or bad (label 0); pairs are made from these later."""
+
+    text: str
+    label: int
+
+
+Row = Demonstration | Pair | Labelled
+
+
+class Format(NamedTuple):
+    """A row has this format when it has every key in `name`, joined by +. Name and meaning stand in the log."""
+
+    name: str
+    meaning: str
+    convert: Callable[[dict], Row]
+
+
+def convert_row(row: object) -> tuple[Format, Row]:
+    """The first format of `FORMATS` whose keys the row has, and the row in that format."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object such as {{'prompt': ..., 'response': ...}}, got {shown(row)}")
+    present = {key for key, value in row.items() if value is not None}
+    for candidate in FORMATS:
+        if present.issuperset(candidate.name.split("+")):
+            return candidate, candidate.convert(row)
+    known = ", ".join(candidate.name for candidate in FORMATS)
+    found = listed(f"{key}" if key in present else f"{key} (null)" for key in row)
+    raise ValueError(f"expected the keys of one format ({known}), got {found}")
+
+
+# ------------------------------------------------------------------------------------------------- demonstrations
+
+
+def answered_prompt(row: dict, key: str) -> Demonstration:
+    """Prompt and answer are each a text or chat messages; an answer in messages may hold several turns."""
+    prompt = prompt_value(row["prompt"])
+    if isinstance(row[key], list):
+        return last_answer(as_turns(prompt) + turns_value(row[key], key))
+    return Demonstration(prompt, response_value(row[key], key))
+
+
+def conversation(row: dict, key: str) -> Demonstration:
+    return last_answer(with_system(row, turns_value(row[key], key)))
+
+
+def alpaca(row: dict) -> Demonstration:
+    """Always chat: an instruction is answered, not continued, so raw text would run the two together."""
+    instruction, extra = text_value(row["instruction"], "instruction"), row.get("input")
+    content = f"{instruction}\n\n{text_value(extra, 'input')}" if extra else instruction
+    prompt = with_system(row, [{"role": "user", "content": content}])
+    return Demonstration(prompt, response_value(row["output"], "output"))
+
+
+def language_modelling_text(row: dict) -> Demonstration:
+    return Demonstration("", response_value(row["text"], "text"))
+
+
+def last_answer(turns: Turns) -> Demonstration:
+    """Only the last assistant turn is imitated; earlier ones are context, as they are when a person reads them."""
+    if turns[-1]["role"] != "assistant":
+        raise ValueError(f"expected the last turn to be the assistant's, got the {turns[-1]['role']}'s")
+    return Demonstration(before_answer(turns[:-1]), response_value(turns[-1]["content"], "last turn"))
+
+
+# ----------------------------------------------------------------------------------------------- preference pairs
+
+
+def prompt_and_pair(row: dict) -> Pair:
+    """`chosen` and `rejected` are texts, replies in messages, or whole conversations that repeat the prompt."""
+    prompt = prompt_value(row["prompt"])
+    if isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
+        return make_pair(row, prompt, row["chosen"], row["rejected"])
+    asked = as_turns(prompt)
+    chosen, rejected = (_after_prompt(asked, turns_value(row[key], key), key) for key in ("chosen", "rejected"))
+    return shared_prompt_pair(row, chosen, rejected)
+
+
+def _after_prompt(asked: Turns, turns: Turns, key: str) -> Turns:
+    if turns[0]["role"] == "assistant":
+        return asked + turns
+    if asked[-1] not in turns:
+        raise ValueError(f"expected `{key}` to begin with an assistant turn or to repeat `prompt`, got neither")
+    return turns
+
+
+def implicit_prompt_pair(row: dict) -> Pair:
+    """Two whole conversations: transcripts (`Human:` and `Assistant:` after an empty line) or chat messages."""
+    chosen, rejected = (
+        transcript_turns(row[key], key) if isinstance(row[key], str) else turns_value(row[key], key)
+        for key in ("chosen", "rejected")
+    )
+    return shared_prompt_pair(row, chosen, rejected)
+
+
+def sharegpt_pair(row: dict) -> Pair:
+    prompt = before_answer(with_system(row, turns_value(row["conversations"], "conversations")))
+    replies = []
+    for key in ("chosen", "rejected"):
+        reply = turn_value(row[key], key)
+        if reply["role"] != "assistant":
+            raise ValueError(f"expected `{key}` to be an assistant turn, got a {reply['role']} turn")
+        replies.append(reply["content"])
+    return make_pair(row, prompt, *replies)
+
+
+def transcript_turns(text: str, key: str) -> Turns:
+    """HH transcripts to turns. Models that sampled them sometimes spoke twice in a row, or wrote a human line of
+    their own inside their turn. Neighbouring turns of one speaker are therefore joined by an empty line (chat
+    templates demand alternation), and only the marker at the start of a paragraph begins a turn."""
+    before, *rest = TRANSCRIPT_TURN.split(text_value(text, key))
+    if before or not rest:
+        raise ValueError(
+            f"expected `{key}` to be a transcript beginning with 'Human:' (or a `prompt` beside it), got {shown(text)}"
+        )
+    turns: Turns = []
+    for role, content in zip(rest[0::2], rest[1::2], strict=True):
+        role, content = TRANSCRIPT_ROLES[role], content.strip()
+        if turns and turns[-1]["role"] == role:
+            content = "\n\n".join(part for part in (turns.pop()["content"], content) if part)
+        turns.append({"role": role, "content": content})
+    return turns
+
+
+def shared_prompt_pair(row: dict, chosen: Turns, rejected: Turns) -> Pair:
+    """The prompt is the longest shared beginning that ends with a user turn; each response is the one assistant turn
+    after it. Where more turns follow on a side, the two were not answers to one prompt: rendering them into a response
+    would teach the policy to write the user's lines, so such a row is a fault (to be skipped, if wanted)."""
+    for key, turns in (("chosen", chosen), ("rejected", rejected)):
+        if turns[-1]["role"] != "assistant":
+            raise ValueError(f"expected `{key}` to end with an assistant turn, got a {turns[-1]['role']} turn")
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    while shared and chosen[shared - 1]["role"] != "user":
+        shared -= 1
+    if not shared:
+        raise ValueError("expected `chosen` and `rejected` to begin with the same user turn, got different beginnings")
+    left = len(chosen) - shared, len(rejected) - shared
+    if left != (1, 1):
+        raise ValueError(
+            f"expected one assistant turn a side after the shared turns, got {left[0]} and {left[1]} turns"
+        )
+    return make_pair(row, chosen[:shared], chosen[-1]["content"], rejected[-1]["content"])
+
+
+def make_pair(row: dict, prompt: Prompt, chosen: object, rejected: object) -> Pair:
+    chosen, rejected = response_value(chosen, "chosen"), response_value(rejected, "rejected")
+    if chosen == rejected:
+        raise ValueError(f"expected two different responses, got the same one twice: {shown(chosen)}")
+    return Pair(prompt, chosen, rejected, margin_value(row.get("margin")))
+
+
+# -------------------------------------------------------------------------------------------------- labelled texts
+
+
+def labelled_text(row: dict) -> Labelled:
+    label = row["label"]
+    number = LABELS.get(label.lower()) if isinstance(label, str) else label
+    if not isinstance(number, int | float) or number not in (0, 1):
+        raise ValueError(f"expected `label` to be 0, 1, 'negative' or 'positive', got {shown(label)}")
+    return Labelled(response_value(row["text"], "text"), int(number))
+
+
+# ---------------------------------------------------------------------------------------------------- single values
+
+
+def prompt_value(value: object) -> Prompt:
+    if isinstance(value, list):
+        return before_answer(turns_value(value, "prompt"))
+    if not isinstance(value, str):
+        raise ValueError(f"expected `prompt` to be text or a list of messages, got {shown(value)}")
+    return text_value(value, "prompt")
+
+
+def as_turns(prompt: Prompt) -> Turns:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def before_answer(turns: Turns) -> Turns:
+    if not turns or turns[-1]["role"] != "user":
+        got = f"the {turns[-1]['role']}'s" if turns else "nothing"
+        raise ValueError(f"expected a user turn before the assistant's answer, got {got}")
+    return turns
+
+
+def with_system(row: dict, turns: Turns) -> Turns:
+    """Some ShareGPT and Alpaca files keep the system message in a column of its own."""
+    if not row.get("system") or turns[0]["role"] == "system":
+        return turns
+    return [{"role": "system", "content": text_value(row["system"], "system")}, *turns]
+
+
+def turns_value(value: object, key: str) -> Turns:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"expected `{key}` to be a list of messages, got {shown(value)}")
+    return [turn_value(turn, f"{key}[{position}]") for position, turn in enumerate(value)]
+
+
+def turn_value(value: object, key: str) -> dict[str, str]:
+    """A message `{"role", "content"}` or its ShareGPT spelling `{"from", "value"}`."""
+    if not isinstance(value, dict):
+        raise ValueError(f"expected `{key}` to be a message with role and content, got {shown(value)}")
+    if value.get("role") is None and value.get("from") is not None:
+        spelt, content, known = value["from"], value.get("value"), SPEAKERS
+    else:
+        spelt, content, known = value.get("role"), value.get("content"), ROLES
+    if not isinstance(spelt, str) or spelt not in known:
+        raise ValueError(f"expected `{key}` to be from one of {', '.join(known)}, got {shown(spelt)}")
+    return {"role": known[spelt], "content": text_value(content, f"content of {key}")}
+
+
+def response_value(value: object, key: str) -> str:
+    text = text_value(value, key)
+    if not text.strip():
+        raise ValueError(f"expected `{key}` not to be empty, got {shown(text)}")
+    return text
+
+
+def text_value(value: object, key: str) -> str:
+    """Text that UTF-8 can hold: JSON may spell half of a surrogate pair, which no tokenizer and no hash accepts."""
+    if not isinstance(value, str):
+        raise ValueError(f"expected `{key}` to be text, got {shown(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"expected `{key}` to be Unicode text, got half of a surrogate pair in it") from None
+    return value
+
+
+def margin_value(value: object) -> float:
+    if value is None:
+        return 0.0
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e9 and math.isfinite(value):
+        return float(value)
+    raise ValueError(f"expected `margin` to be a finite number, got {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """A value in a few words, on one line, for a message."""
+    if value is None:
+        return "null"
+    if isinstance(value, dict):
+        return f"an object with keys {listed(value)}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "a very long number"
+    return text if len(text) <= 60 else f"{text[:56]}...{text[0]}"
+
+
+def listed(keys: Iterable[str]) -> str:
+    """Key names on one line, whatever characters they hold."""
+    text = ", ".join(repr(key)[1:-1] for key in keys) or "no keys"
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+FORMATS = (
+    Format("prompt+chosen+rejected", "preference pairs", prompt_and_pair),
+    Format("conversations+chosen+rejected", "ShareGPT preference pairs", sharegpt_pair),
+    Format("chosen+rejected", "preference pairs with the prompt in them", implicit_prompt_pair),
+    Format("prompt+response", "demonstrations", partial(answered_prompt, key="response")),
+    Format("prompt+completion", "demonstrations", partial(answered_prompt, key="completion")),
+    Format("conversations", "ShareGPT demonstrations", partial(conversation, key="conversations")),
+    Format("messages", "chat demonstrations", partial(conversation, key="messages")),
+    Format("instruction+output", "Alpaca demonstrations", alpaca),
+    Format("text+label", "labelled texts", labelled_text),
+    Format("text", "texts for language modelling", language_modelling_text),
+)
+"""In the order of trying: the more a format's keys say, the earlier it stands."""

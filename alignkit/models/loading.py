@@ -1,0 +1,141 @@
+"""Loading and saving of models in plain Hugging Face format, and the small model built from scratch."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from alignkit.data.tokens import Encoder
+from alignkit.errors import UserError
+from alignkit.models.settings import ModelSettings
+from alignkit.models.tokenizer import end_of_turn, ensure_pad, find_stop_ids, learn_tokenizer, load_tokenizer
+
+
+def start_policy(spec: ModelSettings, texts) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The model that SFT starts from, with its tokenizer: PAD apart from EOS, embeddings resized once, here."""
+    if spec.path is None:
+        tokenizer = learn_tokenizer(texts(), spec.vocab_size)
+        model = build_model(spec, tokenizer)
+    else:
+        tokenizer = load_tokenizer(spec.path, spec.revision, spec.trust_remote_code)
+        model = load_causal(spec.path, spec.revision, spec.trust_remote_code)
+        ensure_pad(tokenizer)
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    tokenizer.padding_side = "left"
+    model.config.pad_token_id = tokenizer.pad_token_id
+    stops = find_stop_ids(tokenizer, model.generation_config)
+    model.generation_config.eos_token_id = list(stops)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def build_model(spec: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """A model of `spec`'s dimensions with random weights; the seed is the caller's."""
+    config = AutoConfig.for_model(
+        spec.architecture,
+        vocab_size=len(tokenizer),
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.hidden_size * 8 // 3 // 8 * 8,
+        num_hidden_layers=spec.num_layers,
+        num_attention_heads=spec.num_heads,
+        num_key_value_heads=spec.num_heads,
+        head_dim=spec.hidden_size // spec.num_heads,
+        max_position_embeddings=spec.context_length,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def load_causal(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> nn.Module:
+    """A causal language model in float32 from a folder or Hub id. Raises UserError with the reason."""
+    return _load(AutoModelForCausalLM, path, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_scorer(path: str | Path) -> nn.Module:
+    """A one-label sequence classifier in float32 from a folder or Hub id. Raises UserError with the reason."""
+    model = _load(AutoModelForSequenceClassification, path)
+    if model.config.num_labels != 1:
+        raise UserError(f"'{path}' has {model.config.num_labels} labels; a reward model has one score (num_labels: 1)")
+    return model
+
+
+def scorer_from_policy(path: str | Path, seed: int) -> nn.Module:
+    """The backbone of a causal model with a fresh scalar head, weights N(0, 1/(d+1)).
+
+    Source: Stiennon et al. 2020 code; Huang et al. 2024, arXiv:2403.17031 (reward-head initialisation).
+    """
+    model = _load(AutoModelForSequenceClassification, path, num_labels=1)
+    head = scalar_head(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5)
+        if head.bias is not None:
+            head.bias.zero_()
+    return model
+
+
+def scalar_head(classifier: nn.Module) -> nn.Linear:
+    """The linear layer that gives a decoder classifier its score."""
+    head = getattr(classifier, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        name = type(classifier).__name__
+        raise UserError(f"{name} has no `score` layer with one output; decoder classifiers of transformers have one")
+    return head
+
+
+def load_encoder(path: str | Path) -> Encoder:
+    """Tokenizer and stop tokens of a finished stage's model folder (or of any Hugging Face model folder)."""
+    from transformers import GenerationConfig
+
+    tokenizer = load_tokenizer(path)
+    if ensure_pad(tokenizer):
+        raise UserError(f"'{path}' has no PAD token apart from EOS: run SFT on it first, which adds one and keeps it")
+    listed = Path(path) / "generation_config.json"
+    generation = GenerationConfig.from_pretrained(str(path)) if listed.is_file() else None
+    return make_encoder(tokenizer, generation)
+
+
+def make_encoder(tokenizer: PreTrainedTokenizerBase, generation_config) -> Encoder:
+    """The encoder that goes with a tokenizer and its model's generation settings."""
+    stops = find_stop_ids(tokenizer, generation_config)
+    end = end_of_turn(tokenizer)
+    return Encoder(tokenizer=tokenizer, stop_ids=stops, end_id=tokenizer.eos_token_id if end is None else end)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Dropout off for good: sampling, scoring and training must see one and the same network."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for name, value in vars(model.config).items():
+        if "dropout" in name or name.endswith("_pdrop"):
+            setattr(model.config, name, 0.0 if isinstance(value, float) else value)
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder with the weights: `model/` of a finished stage, or the folder itself."""
+    path = Path(path)
+    return path / "model" if (path / "model" / "config.json").is_file() else path
+
+
+def read_manifest(path: str | Path) -> dict:
+    """The manifest of the stage that made this model, {} for a model from elsewhere."""
+    file = Path(path) / "manifest.json"
+    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+
+
+def _load(factory, path: str | Path, **options) -> nn.Module:
+    try:
+        return factory.from_pretrained(str(path), dtype=torch.float32, use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"no model could be loaded from '{path}': {reason}") from error

@@ -1,0 +1,97 @@
+"""Tokenizers: a small one learnt from the texts, PAD kept apart from EOS, the set of tokens that end a response."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from alignkit.errors import UserError
+
+PAD, END, UNKNOWN = "<|pad|>", "<|end|>", "<|unknown|>"
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE of at most `vocab_size` tokens with PAD, END (end of a response) and one token a chat role."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, END, *ROLES],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=list(ROLES),
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(path: str | Path, revision: str | None = None, trust_remote_code: bool = False):
+    """The tokenizer of a model folder or Hub id. Raises UserError with the reason if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"no tokenizer could be loaded from '{path}': {_first_line(error)}") from error
+
+
+def ensure_pad(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Give the tokenizer a PAD of its own if it has none or shares it with EOS; True if a token was added.
+
+    With PAD = EOS a sequence classifier reads the token before EOS, and losses skip the decision to stop.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token: set `eos_token` in its tokenizer_config.json")
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return False
+    known = tokenizer.get_vocab()
+    candidates = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|padding|>")
+    name = next((name for name in candidates if name in known and known[name] != tokenizer.eos_token_id), PAD)
+    return bool(tokenizer.add_special_tokens({"pad_token": name}))
+
+
+def find_stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config=None) -> tuple[int, ...]:
+    """All tokens that end a response: EOS, those of generation_config, and the chat template's end of an assistant turn."""
+    stops = {tokenizer.eos_token_id}
+    listed = getattr(generation_config, "eos_token_id", None)
+    stops.update([listed] if isinstance(listed, int) else (listed or []))
+    stops.add(end_of_turn(tokenizer))
+    return tuple(sorted(stop for stop in stops if stop is not None))
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template puts right after an assistant's text, None if there is none."""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "qzqz"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    tail = tokenizer(text[text.rindex("qzqz") + 4 :], add_special_tokens=False)["input_ids"]
+    return next(
+        (token for token in tail[:2] if token in tokenizer.all_special_ids or _is_added(tokenizer, token)), None
+    )
+
+
+def same_tokens(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give every token the same id (so that ids may pass from one model to another)."""
+    return a.get_vocab() == b.get_vocab()
+
+
+def _is_added(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    return token in tokenizer.added_tokens_decoder
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

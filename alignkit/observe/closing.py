@@ -1,0 +1,58 @@
+"""The last words of a run: a short table of results, two samples before and after, and where to look next."""
+
+import json
+import os
+from pathlib import Path
+
+from alignkit.observe.progress import duration
+
+ROWS = (
+    ("SFT", "held-out loss (nats a token)", "sft/eval_loss", "{:.3f}"),
+    ("reward model", "held-out accuracy", "reward_model/eval_accuracy", "{:.3f}"),
+    ("PPO", "score, first iteration", "ppo/score_first", "{:.2f}"),
+    ("PPO", "score, last fifth", "ppo/score_mean", "{:.2f}"),
+    ("PPO", "gold score, last fifth", "ppo/gold_mean", "{:.2f}"),
+    ("PPO", "KL to SFT (nats a sequence)", "ppo/kl", "{:.2f}"),
+    ("PPO", "KL target", "ppo/kl_target", "{:.2f}"),
+    ("evaluation", "win rate over SFT", "evaluate/win_rate", "{:.3f}"),
+    ("evaluation", "judged positive, SFT", "evaluate/positive_baseline", "{:.3f}"),
+    ("evaluation", "judged positive, PPO", "evaluate/positive", "{:.3f}"),
+    ("evaluation", "distinct-2, SFT", "evaluate/distinct_2_baseline", "{:.3f}"),
+    ("evaluation", "distinct-2, PPO", "evaluate/distinct_2", "{:.3f}"),
+)
+INTERVALS = {"reward_model/eval_accuracy", "evaluate/win_rate"}
+
+
+def closing_words(summary: dict, folder: Path) -> str:
+    """Plain text for the terminal."""
+    lines = ["", *table(summary)]
+    comparison = folder / "evaluate" / "comparison.json"
+    if comparison.is_file():
+        for row in json.loads(comparison.read_text("utf-8")):
+            lines += ["", f"prompt  {_one_line(row['prompt'])}"]
+            lines += [f"  SFT   {_one_line(row['baseline'])}", f"  PPO   {_one_line(row['policy'])}"]
+    place = os.path.relpath(folder)
+    place = str(folder) if place.startswith("..") else place
+    last = next((s for s in ("ppo", "reward_model", "sft") if (folder / s / "model").is_dir()), None)
+    lines += ["", f"total {duration(summary.get('seconds/total', 0))}; results in {place}/summary.json"]
+    if last:
+        lines.append(f"model in {place}/{last}/model (Hugging Face format), curves in {place}/{last}/metrics.jsonl")
+    return "\n".join(lines)
+
+
+def table(summary: dict) -> list[str]:
+    """The rows that this run has, aligned."""
+    rows = []
+    for stage, label, key, form in ROWS:
+        if key in summary:
+            text = form.format(summary[key])
+            if key in INTERVALS and f"{key}_low" in summary:
+                text += f"  (95% {summary[key + '_low']:.3f} to {summary[key + '_high']:.3f})"
+            rows.append((stage, label, text))
+    widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
+    return [f"{stage:<{widths[0]}}  {label:<{widths[1]}}  {text}" for stage, label, text in rows]
+
+
+def _one_line(text: str, width: int = 200) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."

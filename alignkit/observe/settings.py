@@ -1,0 +1,23 @@
+"""Where a run is tracked."""
+
+from typing import Literal
+
+from alignkit.schema import settings
+
+
+@settings
+class TrackingSettings:
+    """`metrics.jsonl`, `samples.jsonl` and `summary.json` are always written; these settings are about W&B.
+
+    mode:    auto (online where an API key is at hand, else offline) | online | offline | disabled.
+    project: W&B project of all runs.
+    entity:  W&B user or team; null is the default of the account.
+    tags:    labels of every run, to filter by.
+    notes:   a sentence about the run, shown beside it; null for none.
+    """
+
+    mode: Literal["auto", "online", "offline", "disabled"]
+    project: str
+    entity: str | None
+    tags: list[str]
+    notes: str | None

@@ -1,0 +1,95 @@
+"""The engine `native`: a decoding loop over the model's own forward with a key-value cache.
+
+Log-probabilities come from the training engine afterwards, so nothing but tokens leaves this loop: no scores are kept.
+Rows that are finished leave the batch as soon as a quarter of it is done.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from alignkit.schema import Count, CountOrZero, Positive, settings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from alignkit.algo.sampling import SamplingRule
+    from alignkit.algo.types import PromptBatch, Rollout
+
+
+@settings
+class Native:
+    """temperature: divides the logits, in sampling and in every log-probability; min_response, max_response: tokens,
+    stop token included; batch: sequences decoded at once on a rank (memory only, never the result)."""
+
+    temperature: Positive
+    min_response: CountOrZero
+    max_response: Count
+    batch: Count
+
+    def __post_init__(self) -> None:
+        if self.min_response >= self.max_response:
+            raise ValueError(f"min_response={self.min_response} must be below max_response={self.max_response} tokens")
+
+    def generate(self, model: nn.Module, prompts: PromptBatch, rule: SamplingRule, noise: Tensor) -> Rollout:
+        """Sample one response to each prompt; see `RolloutEngine.generate`."""
+        import torch
+
+        from alignkit.algo.sequence import response_mask
+        from alignkit.algo.types import Rollout
+
+        with torch.no_grad():
+            response = torch.cat(
+                [
+                    decode(model, tokens, mask, rule, part)
+                    for tokens, mask, part in zip(
+                        prompts.tokens.split(self.batch), prompts.mask.split(self.batch), noise.split(self.batch)
+                    )
+                ]
+            )
+        real, finished = response_mask(response, rule.stops(response.device))
+        return Rollout(
+            tokens=torch.cat([prompts.tokens, response], dim=1),
+            mask=torch.cat([prompts.mask, real], dim=1),
+            response_mask=real,
+            finished=finished,
+        )
+
+
+def decode(model: nn.Module, tokens: Tensor, mask: Tensor, rule: SamplingRule, noise: Tensor) -> Tensor:
+    """Responses [B, R] to prompts [B, P], R = noise.shape[1]; after its stop token a row holds PAD."""
+    import torch
+    from transformers import DynamicCache
+
+    from alignkit.algo.sampling import draw
+    from alignkit.algo.sequence import position_ids
+
+    width, steps = tokens.shape[1], noise.shape[1]
+    stops = rule.stops(tokens.device)
+    response = torch.full((tokens.shape[0], steps), model.config.pad_token_id, dtype=torch.long, device=tokens.device)
+    rows = torch.arange(tokens.shape[0], device=tokens.device)  # rows of `response` that are still being written
+    running = torch.ones_like(rows, dtype=torch.bool)
+    whole = torch.cat([mask, mask.new_ones(len(rows), steps)], dim=1).long()
+    positions = position_ids(mask)
+    cache, step_tokens = DynamicCache(config=model.config), tokens
+    for step in range(steps):
+        logits = model(
+            input_ids=step_tokens,
+            attention_mask=whole[:, : width + step],
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        token = draw(rule.apply(logits, start=step)[:, -1], noise[rows, step])
+        response[rows[running], step] = token[running]
+        running = running & ~torch.isin(token, stops)
+        if not bool(running.any()):
+            break
+        if float(running.float().mean()) <= 0.75:
+            keep = running.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            rows, whole, token, positions = rows[keep], whole[keep], token[keep], positions[keep]
+            running = torch.ones_like(rows, dtype=torch.bool)
+        step_tokens, positions = token[:, None], positions[:, -1:] + 1
+    return response

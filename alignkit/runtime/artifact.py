@@ -1,0 +1,166 @@
+"""What a stage leaves behind: a folder named by the digest of all that made it, sealed by a manifest.
+
+    runs/.store/<stage>-<digest>/          a finished product; never changed again
+    runs/.store/<stage>-<digest>.partial/  being written, or left by a crash; never taken for a product
+    runs/<name>/<stage>                    a link to either
+
+The digest covers the stage's own settings, the bytes of its data and the digests of its inputs: not where or how fast
+it ran (tracking, launch, sharding, micro-batches), and not the code version, which is only recorded.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignkit.errors import UserError
+
+SECTIONS = {
+    "sft": ("model", "data", "sft"),
+    "reward_model": ("data", "reward_model"),
+    "ppo": ("data", "ppo", "ptx", "rollout", "reward", "advantage", "kl"),
+    "evaluate": ("data", "evaluate", "rollout"),
+}
+STAGE_VERSION = {"sft": 1, "reward_model": 1, "ppo": 1, "evaluate": 1}  # raised by hand when a stage's result changes
+WITHOUT_EFFECT = {  # settings that change how a result is computed or shown, not the result
+    "sft": ("microbatch",),
+    "reward_model": ("microbatch",),
+    "ppo": ("microbatch", "samples_every"),
+    "rollout": ("batch",),
+    "reward": ("path",),  # the reward model is an input with a digest of its own
+    "data": ("path",),  # its bytes are in the data's fingerprint
+}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model folder that a stage may start from: a finished stage, or a model from elsewhere (metrics then {})."""
+
+    path: Path
+    digest: str
+    metrics: Mapping[str, Any]
+
+
+def stage_digest(stage: str, raw: Mapping[str, Any], data: str, inputs: Mapping[str, str]) -> str:
+    """Hex digest of everything that decides the stage's product. data: the data's fingerprint; inputs: name -> digest."""
+    chosen = {}
+    for section in SECTIONS[stage]:
+        hidden = WITHOUT_EFFECT.get(section, ())
+        chosen[section] = {key: value for key, value in raw[section].items() if key not in hidden}
+    identity = {
+        "stage": stage,
+        "version": STAGE_VERSION[stage],
+        "seed": raw["seed"],
+        "settings": chosen,
+        "data": data,
+        "inputs": dict(inputs),
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def open_artifact(path: str) -> Artifact:
+    """A model that the user names: a finished stage by its manifest, any other folder by the bytes of its files."""
+    folder = Path(path)
+    if (folder / "manifest.json").is_file():
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        return Artifact(folder.resolve(), manifest["digest"], manifest["metrics"])
+    if folder.resolve().name.endswith(".partial"):
+        raise UserError(f"'{path}' is an unfinished stage: run the command that makes it again until it ends")
+    if not folder.exists():
+        raise UserError(f"'{path}' does not exist: expected the folder of a finished stage or of a Hugging Face model")
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"'{path}' holds neither manifest.json (a finished stage) nor config.json (a Hugging Face model)"
+        )
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*")):
+        if file.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja"):
+            digest.update(file.name.encode())
+            digest.update(file_digest(file).encode())
+    return Artifact(folder.resolve(), digest.hexdigest()[:12], {})
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes, hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Store:
+    """The products of all runs in one folder, each made once."""
+
+    def __init__(self, runs_dir: Path) -> None:
+        self.folder = runs_dir / ".store"
+
+    @contextmanager
+    def locked(self, stage: str, digest: str) -> Iterator[None]:
+        """Hold the product's lock: a second run that wants the same product waits here, then reuses it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{stage}-{digest}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{stage}: another run is making this product; waiting for it", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def find(self, stage: str, digest: str) -> Artifact | None:
+        """The finished product of that digest, if its manifest is there and names files that are all there."""
+        folder = self.folder / f"{stage}-{digest}"
+        if not (folder / "manifest.json").is_file():
+            return None
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        whole = all((folder / name).is_file() and (folder / name).stat().st_size == facts["bytes"]
+                    for name, facts in manifest["files"].items())  # fmt: skip
+        return Artifact(folder, digest, manifest["metrics"]) if whole else None
+
+    def start(self, stage: str, digest: str) -> Path:
+        """An empty folder to write the product into; what a crash left there before is kept beside it."""
+        partial = self.folder / f"{stage}-{digest}.partial"
+        if partial.exists():
+            number = 1 + len(list(self.folder.glob(f"{stage}-{digest}.failed-*")))
+            partial.rename(self.folder / f"{stage}-{digest}.failed-{number}")
+        (partial / "logs").mkdir(parents=True)
+        return partial
+
+    def publish(self, stage: str, digest: str, facts: Mapping[str, Any]) -> Artifact:
+        """Seal the partial folder with a manifest and move it into place in one step."""
+        partial, final = self.folder / f"{stage}-{digest}.partial", self.folder / f"{stage}-{digest}"
+        files = {
+            str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+            for file in sorted((partial / "model").rglob("*"))
+            if file.is_file()
+        }
+        manifest = {"stage": stage, "digest": digest, "finished": time.time(), **facts, "files": files}
+        write_json(partial / "manifest.json", manifest)
+        if final.exists():  # only with force=true, or a product that lost files
+            old = final.with_name(f"{final.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+            partial.rename(final)
+            shutil.rmtree(old)
+        else:
+            partial.rename(final)
+        return Artifact(final, digest, facts["metrics"])
+
+
+def link(place: Path, target: Path) -> None:
+    """Make `place` a relative link to `target`, replacing the link that was there, in one step."""
+    fresh = place.with_name(f".{place.name}.link")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(os.path.relpath(target, place.parent), target_is_directory=True)
+    fresh.replace(place)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON beside the file and move it into place, so that a reader never sees half of it."""
+    fresh = file.with_name(f".{file.name}.new")
+    fresh.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    fresh.replace(file)

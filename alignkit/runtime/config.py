@@ -1,0 +1,190 @@
+"""The boundary: a composed configuration becomes one frozen, checked `RunConfig`, or an error that lists every fault.
+
+Two kinds of sections. Settings (model, sft, ppo, ...) have a fixed class. Strategies (data, rollout, reward, advantage,
+kl) name theirs by `_target_`: a frozen dataclass in alignkit, or in the user's own module if `trusted` lists it. The
+same code runs in the launcher and in every rank. Nothing here imports torch.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic.dataclasses import is_pydantic_dataclass
+
+from alignkit.errors import UserError
+from alignkit.models.settings import ModelSettings
+from alignkit.observe.settings import TrackingSettings
+from alignkit.runtime.settings import LaunchSettings, ShardingSettings
+from alignkit.stages.settings import EvaluateSettings, PPOSettings, PtxSettings, RewardModelSettings, SFTSettings
+
+SETTINGS = {
+    "model": ModelSettings,
+    "sft": SFTSettings,
+    "reward_model": RewardModelSettings,
+    "ppo": PPOSettings,
+    "ptx": PtxSettings,
+    "evaluate": EvaluateSettings,
+    "sharding": ShardingSettings,
+    "tracking": TrackingSettings,
+    "launch": LaunchSettings,
+}
+STRATEGIES = ("data", "rollout", "reward", "advantage", "kl")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run was told. `name`, `runs_dir`: where it writes; `seed`: all randomness; `force`: run
+    finished stages again; `trusted`: modules besides alignkit that `_target_` may name; `policy`: a model folder."""
+
+    name: str | None
+    runs_dir: str
+    seed: int
+    force: bool
+    trusted: list[str]
+    policy: str | None
+    model: ModelSettings
+    data: Any
+    sft: SFTSettings
+    reward_model: RewardModelSettings
+    ppo: PPOSettings
+    ptx: PtxSettings
+    rollout: Any
+    reward: Any
+    advantage: Any
+    kl: Any
+    evaluate: EvaluateSettings
+    sharding: ShardingSettings
+    tracking: TrackingSettings
+    launch: LaunchSettings
+
+
+def conf_dir() -> Path:
+    """The folder of the shipped settings: inside the wheel, or at the top of a checkout."""
+    return _shipped("conf", "base.yaml")
+
+
+def recipes_dir() -> Path:
+    """The folder of the shipped recipes: inside the wheel, or at the top of a checkout."""
+    return _shipped("recipes", "rlhf.py")
+
+
+def _shipped(folder: str, sign: str) -> Path:
+    package = Path(__file__).resolve().parents[1]
+    return next(place for place in (package.parent / folder, package / folder) if (place / sign).is_file())
+
+
+def load(raw: dict[str, Any]) -> RunConfig:
+    """Plain composed settings -> RunConfig. Raises UserError with one line for every fault."""
+    faults: list[str] = []
+    parts: dict[str, Any] = {}
+    known = [field.name for field in dataclasses.fields(RunConfig)]
+    faults += [_unknown("", key, known) for key in raw if key not in known]
+    faults += [f"{key}: missing" for key in known if key not in raw]
+    for field in dataclasses.fields(RunConfig):
+        if field.name in raw and field.name not in SETTINGS and field.name not in STRATEGIES:
+            try:
+                parts[field.name] = TypeAdapter(field.type).validate_python(raw[field.name], strict=True)
+            except ValidationError as error:
+                faults += [_fault(field.name, item, []) for item in error.errors()]
+    trusted = parts.get("trusted") or []
+    for name in SETTINGS.keys() & raw.keys():
+        parts[name] = _section(name, SETTINGS[name], raw[name], faults)
+    for name in STRATEGIES:
+        if name in raw:
+            parts[name] = _strategy(name, raw[name], trusted, faults)
+    if not faults:
+        faults += _across(parts)
+    if faults:
+        raise UserError("\n".join(sorted(faults)))
+    return RunConfig(**parts)
+
+
+def _section(path: str, cls: type, values: Any, faults: list[str]) -> Any:
+    """One dataclass from its values; faults are added to the list and None comes back."""
+    if not isinstance(values, dict):
+        faults.append(f"{path}: expected a group of settings, got {values!r}")
+        return None
+    names = [field.name for field in dataclasses.fields(cls)]
+    if not is_pydantic_dataclass(cls):  # a user's plain dataclass is checked by the same rules
+        cls = pydantic_dataclass(config=ConfigDict(extra="forbid", strict=True))(cls)
+    unknown = [key for key in values if key not in names]
+    faults += [_unknown(path, key, names) for key in unknown]
+    try:
+        return cls(**{key: value for key, value in values.items() if key in names})
+    except ValidationError as error:
+        faults += [_fault(path, item, names) for item in error.errors()]
+        return None
+
+
+def _strategy(path: str, values: Any, trusted: list[str], faults: list[str]) -> Any:
+    """The dataclass that `_target_` names, built from the other keys."""
+    target = values.get("_target_") if isinstance(values, dict) else None
+    if not isinstance(target, str) or "." not in target:
+        faults.append(f"{path}._target_: expected module.Class, got {target!r}; choose an option with {path}=NAME")
+        return None
+    module, _, name = target.rpartition(".")
+    if module.split(".")[0] != "alignkit" and not any(module == t or module.startswith(f"{t}.") for t in trusted):
+        faults.append(f"{path}._target_: '{target}' runs code outside alignkit; allow it with 'trusted=[{module}]'")
+        return None
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        faults.append(f"{path}._target_: '{target}' cannot be imported: {error}")
+        return None
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        faults.append(f"{path}._target_: '{target}' is not a dataclass")
+        return None
+    return _section(path, cls, {key: value for key, value in values.items() if key != "_target_"}, faults)
+
+
+def _fault(path: str, item: dict, names: list[str]) -> str:
+    """One line of pydantic's report in our words: path, what was expected, what was got."""
+    place = ".".join([path, *(str(part) for part in item["loc"] if isinstance(part, int) or part in names)])
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "missing":
+        return f"{place}: missing; set it with {place}=VALUE"
+    if item["type"] == "value_error":
+        return f"{place}: {message}"
+    expected = message.removeprefix("Input should be ")
+    return f"{place}: expected {expected}, got {item['input']!r}; set it with {place}=VALUE"
+
+
+def _unknown(path: str, key: str, names: list[str]) -> str:
+    """`ppo.eopchs: unknown key; did you mean ppo.epochs?`"""
+    prefix = f"{path}." if path else ""
+    near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(names)}"
+    return f"{prefix}{key}: unknown key; {hint}"
+
+
+def _across(parts: dict[str, Any]) -> list[str]:
+    """Rules between sections, each naming both values."""
+    faults = []
+    ppo, launch, sharding, model = parts["ppo"], parts["launch"], parts["sharding"], parts["model"]
+    for name in ("sft", "reward_model"):
+        if parts[name].batch % launch.processes:
+            faults.append(f"{name}.batch={parts[name].batch} must be a multiple of launch.processes={launch.processes}")
+    if ppo.minibatch < launch.processes:
+        faults.append(f"ppo.minibatch={ppo.minibatch} must be at least launch.processes={launch.processes}")
+    if sharding.shard_size and launch.processes % sharding.shard_size:
+        faults.append(
+            f"launch.processes={launch.processes} must be a multiple of sharding.shard_size={sharding.shard_size}"
+        )
+    longest = ppo.max_prompt + parts["rollout"].max_response
+    if model.path is None and longest > model.context_length:
+        faults.append(
+            f"ppo.max_prompt={ppo.max_prompt} plus rollout.max_response={parts['rollout'].max_response} is "
+            f"{longest} tokens, above model.context_length={model.context_length}"
+        )
+    return faults
+
+
+def to_json(raw: dict[str, Any]) -> str:
+    """Canonical text of plain settings, the same for equal settings."""
+    return json.dumps(raw, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,34 @@
+"""Starts the ranks of one stage: torch.distributed.run with its own words on a failed rank left out (the launcher
+tells the cause in one line) and with no rank left behind if the launcher dies.
+
+    python -m alignkit.runtime.group --nproc-per-node 2 ... -m alignkit.runtime.worker job.json
+"""
+
+import ctypes
+import signal
+import sys
+
+
+def die_with_parent(signal_number: int) -> None:
+    """Ask the kernel to signal this process when its parent ends, however that ends (Linux; elsewhere a no-op)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal_number)  # PR_SET_PDEATHSIG
+
+
+def main() -> None:
+    """Run the group; exit 1 if a rank failed."""
+    die_with_parent(signal.SIGTERM)
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as run
+
+    try:
+        run(sys.argv[1:])
+    except ChildFailedError:
+        sys.exit(1)
+    except SignalException as stop:
+        sys.exit(128 + int(stop.sigval))
+
+
+if __name__ == "__main__":
+    main()

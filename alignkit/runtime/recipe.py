@@ -1,0 +1,72 @@
+"""The decorator that makes a recipe a program: Hydra composes, one check, then the chain runs."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from alignkit.errors import StageFailed, TrainingError, UserError
+from alignkit.observe.closing import closing_words
+from alignkit.runtime.config import conf_dir, load
+from alignkit.runtime.launch import Stopped
+from alignkit.runtime.run import Run
+
+
+def recipe(name: str) -> Callable[[Callable[[Run], None]], Callable[[], None]]:
+    """Turn `main(run)` into a program whose settings are conf/<name>.yaml and the words of the command line."""
+
+    def decorate(chain: Callable[[Run], None]) -> Callable[[], None]:
+        def program() -> None:
+            sys.exit(run_program(name, chain))
+
+        program.__doc__ = chain.__doc__
+        return program
+
+    return decorate
+
+
+def run_program(name: str, chain: Callable[[Run], None]) -> int:
+    """Compose, then run each job. Returns the exit code: 0; 1 a stage failed; 2 a mistake; 128 + n after a signal."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from alignkit.runtime.compose import compose_and_call, explain
+
+    try:
+        return compose_and_call(conf_dir(), name, lambda raw: run_job(name, chain, raw))
+    except (HydraException, OmegaConfBaseException) as error:
+        return _report(explain(error, conf_dir(), name), 2)
+
+
+def run_job(name: str, chain: Callable[[Run], None], raw: dict) -> int:
+    """Check one composed configuration and run the chain; a person's mistake or a failed stage is told in short."""
+    try:
+        run = Run(name, load(raw), raw)
+        chain(run)
+    except UserError as error:
+        return _report(str(error), 2)
+    except TrainingError as error:  # launch=inline
+        return _report(str(error), 1)
+    except StageFailed as error:
+        return _report(str(error), error.exit_code)
+    except Stopped as stop:
+        return _report(f"stopped by {stop}; finished stages are kept and will be reused", stop.exit_code)
+    except KeyboardInterrupt:
+        return _report("stopped by SIGINT; finished stages are kept and will be reused", 130)
+    print(closing_words(run.summary, run.folder), flush=True)
+    return 0
+
+
+def is_extra_rank() -> bool:
+    """Whether this process is a further rank of a torchrun or Slurm job around the launcher: it has nothing to do,
+    since the first one starts all ranks itself."""
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(rank) > 0
+
+
+def _report(message: str, code: int) -> int:
+    """Print `error: ...`: each line of a list of mistakes, or a failure with what belongs to it indented."""
+    first, *rest = message.splitlines() or ["failed"]
+    print(f"error: {first}", file=sys.stderr)
+    for line in rest:
+        print(f"error: {line}" if code == 2 else f"  {line}", file=sys.stderr)
+    return code

@@ -1,0 +1,128 @@
+"""A run: a recipe's chain of stages, each made once and reused where the same settings and inputs made it before."""
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+from alignkit import __version__
+from alignkit.errors import UserError
+from alignkit.observe.wandb_sink import decide_mode
+from alignkit.runtime.artifact import Artifact, Store, link, open_artifact, stage_digest, write_json
+from alignkit.runtime.config import RunConfig
+from alignkit.runtime.launch import run_stage
+
+
+class Run:
+    """What a recipe works with: `run.stage(...)` for each step of the chain, `run.given(...)` for models from outside."""
+
+    def __init__(self, recipe: str, config: RunConfig, raw: dict[str, Any]) -> None:
+        self.recipe, self.config, self.raw = recipe, config, raw
+        self.data_digest = config.data.fingerprint()  # reads the data's bytes: a missing file is told before anything
+        self.name = config.name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        runs = Path(config.runs_dir).absolute()
+        self.folder, self.store = runs / self.name, Store(runs)
+        self.mode, note = decide_mode(config.tracking.mode)
+        self.products: dict[str, Artifact] = {}
+        self.summary: dict[str, Any] = {}
+        self.started = time.time()
+        self._lock = self._claim()
+        write_json(self.folder / "config.json", {"recipe": recipe, "settings": raw})
+        _say(f"run {self.name} ({recipe}) in {self._shown(self.folder)}")
+        if note:
+            _say(note)
+
+    def stage(self, name: str, **inputs: Artifact) -> Artifact:
+        """The product of a stage: reused if the store has it, else made now. Raises StageFailed with the cause."""
+        digest = stage_digest(name, self.raw, self.data_digest, {key: item.digest for key, item in inputs.items()})
+        with self.store.locked(name, digest):
+            product = None if self.config.force else self.store.find(name, digest)
+            if product:
+                _say(f"{name}: reused {self._shown(product.path)} (same settings and inputs; force=true runs it again)")
+            else:
+                product = self._make(name, digest, inputs)
+        link(self.folder / name, product.path)
+        self.products[name] = product
+        self.summary.update({f"{name}/{key}": value for key, value in product.metrics.items() if key != "seconds"})
+        self.summary[f"seconds/{name}"] = product.metrics["seconds"]
+        self.summary["seconds/total"] = round(time.time() - self.started, 1)
+        write_json(self.folder / "summary.json", self.summary)
+        return product
+
+    def given(self, key: str) -> Artifact:
+        """The model that the user named: `policy` or `reward.path`. Raises UserError if it is not set."""
+        path = self.config.policy if key == "policy" else self.config.reward.path
+        if path is None:
+            raise UserError(
+                f"{key}: missing; alignkit {self.recipe} needs the folder of a finished stage, "
+                f"for example {key}=runs/NAME/{'sft' if key == 'policy' else 'reward_model'}"
+            )
+        return open_artifact(path)
+
+    def _make(self, name: str, digest: str, inputs: dict[str, Artifact]) -> Artifact:
+        began = time.time()
+        partial = self.store.start(name, digest)
+        link(self.folder / name, partial)
+        _say(
+            f"{name}: started" + (f" on {self.config.launch.processes} processes" * (self.config.launch.processes > 1))
+        )
+        job = {
+            "stage": name,
+            "recipe": self.recipe,
+            "run": self.name,
+            "digest": digest,
+            "run_id": f"{digest}-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:6]}",
+            "run_folder": str(self.folder),
+            "inputs": {key: str(item.path) for key, item in inputs.items()},
+            "config": self.raw,
+            "tracking_mode": self.mode,
+        }
+        write_json(partial / "job.json", job)
+        run_stage(partial / "job.json", self.config.launch, self._num_parameters(inputs))
+        metrics = json.loads((partial / "result.json").read_text("utf-8"))
+        metrics["seconds"] = round(time.time() - began, 1)
+        facts = {
+            "metrics": metrics,
+            "inputs": {key: {"digest": item.digest, "path": str(item.path)} for key, item in inputs.items()},
+            "data": self.data_digest,
+            "settings": self.raw,
+            "alignkit": __version__,
+        }
+        product = self.store.publish(name, digest, facts)
+        _say(f"{name}: done in {metrics['seconds']:.0f} s")
+        return product
+
+    def _num_parameters(self, inputs: dict[str, Artifact]) -> int | None:
+        """About how large the models are, for the choice of threads; None where it cannot be told without a network."""
+        folders = [item.path for item in inputs.values()]
+        model = self.config.model
+        if not folders and model.path is None:
+            return model.vocab_size * model.hidden_size + 12 * model.num_layers * model.hidden_size**2
+        folders = folders or [Path(model.path)]
+        weights = [file for folder in folders for file in folder.rglob("*.safetensors")]
+        return max((file.stat().st_size for file in weights), default=0) // 4 or None
+
+    def _claim(self):
+        """The run's folder, held by this process alone until it ends."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"name={self.name}: another process is writing {self.folder}; choose another name=..."
+            ) from None
+        return lock
+
+    def _shown(self, path: Path) -> str:
+        """A path as the person would type it from here."""
+        relative = os.path.relpath(path)
+        return str(path) if relative.startswith("..") else relative
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

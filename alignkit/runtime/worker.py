@@ -1,0 +1,114 @@
+"""One rank of one stage: reads the job file, opens cluster and tracker, runs the stage, writes its result.
+
+    python -m alignkit.runtime.worker JOB.json      (started by alignkit.runtime.group)
+
+What goes wrong is written to logs/rank<r>.error.json, from which the launcher tells the cause.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+from alignkit.errors import TrainingError, UserError
+from alignkit.runtime.artifact import write_json
+from alignkit.runtime.config import load
+from alignkit.runtime.group import die_with_parent
+from alignkit.stages.job import Job
+
+
+def main() -> None:
+    """Run the job that the command line names; never returns."""
+    die_with_parent(signal.SIGKILL)
+    job_file, rank = Path(sys.argv[1]), int(os.environ.get("RANK", 0))
+    logs = job_file.parent / "logs"
+    if rank > 0:
+        _send_output_to(logs / f"rank{rank}.log")
+    try:
+        run_job(job_file)
+    except BaseException as error:
+        kind = {UserError: "user", TrainingError: "training"}.get(type(error), "crash")
+        text = traceback.format_exc()
+        message = str(error) if kind != "crash" else f"{type(error).__name__}: {error}".splitlines()[0]
+        report = {"rank": rank, "kind": kind, "message": message, "traceback": text, "time": time.time()}
+        write_json(logs / f"rank{rank}.error.json", report)
+        if kind == "crash" and rank == 0:
+            (logs / "rank0.traceback.txt").write_text(text, encoding="utf-8")
+        sys.stdout.flush()
+        os._exit(1)  # no clean-up that could wait for the other ranks
+
+
+def run_job(job_file: Path) -> None:
+    """Run the stage; rank 0 writes result.json last, when the product is whole."""
+    spec = json.loads(job_file.read_text("utf-8"))
+    config = load(spec["config"])
+    job = Job(
+        stage=spec["stage"],
+        config=config,
+        inputs={name: Path(path) for name, path in spec["inputs"].items()},
+        out=job_file.parent,
+    )
+    _quiet_libraries()
+    from alignkit.observe.tracking import Tracker
+    from alignkit.runtime.sharding import Cluster
+
+    stage = importlib.import_module(f"alignkit.stages.{job.stage}")
+    cluster = Cluster.open(config.sharding.shard_size)
+    tracker = Tracker(job.out, job.stage, cluster.is_main, _open_sink(spec, config, cluster.is_main))
+    code = 1
+    try:
+        metrics = stage.run(job, cluster, tracker)
+        if cluster.is_main:
+            tracker.summarise(metrics)
+            write_json(job.out / "result.json", metrics)
+        cluster.barrier()
+        code = 0
+    finally:
+        tracker.close(exit_code=code)
+    cluster.close()
+
+
+def _open_sink(spec: dict, config, is_main: bool):
+    """The W&B run of this stage, on rank 0, unless tracking is off."""
+    if not is_main or spec["tracking_mode"] == "disabled":
+        return None
+    from alignkit.observe.wandb_sink import open_wandb
+
+    return open_wandb(
+        config.tracking,
+        mode=spec["tracking_mode"],
+        folder=Path(spec["run_folder"]),  # it must not move: W&B records absolute paths
+        run_name=spec["run"],
+        stage=spec["stage"],
+        config=spec["config"],
+        run_id=spec["run_id"],
+        tags=[spec["recipe"], spec["stage"], *config.tracking.tags],
+        facts={"recipe": spec["recipe"], "digest": spec["digest"]},
+    )
+
+
+def _quiet_libraries() -> None:
+    """Leave warnings about what cannot be mended here out of the person's terminal."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    with contextlib.suppress(ImportError):
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def _send_output_to(file: Path) -> None:
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+
+if __name__ == "__main__":
+    main()

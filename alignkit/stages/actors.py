@@ -1,0 +1,152 @@
+"""The four models of PPO with what goes with them, each sharded: the state of the training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.algo.batching import length_order, pad_left
+from alignkit.algo.sampling import SamplingRule, uniform_noise
+from alignkit.algo.types import PromptBatch, Rollout
+from alignkit.data.tokens import Encoder
+from alignkit.errors import UserError
+from alignkit.models.loading import disable_dropout, load_causal, load_encoder, load_scorer, model_folder, read_manifest
+from alignkit.models.policy import response_logprobs
+from alignkit.models.scalar import ScalarModel
+from alignkit.models.tokenizer import same_tokens
+from alignkit.reward.model import ModelSource
+
+if TYPE_CHECKING:
+    from alignkit.runtime.config import RunConfig
+    from alignkit.runtime.sharding import Cluster
+    from alignkit.stages.job import Job
+
+
+@dataclass
+class Actors:
+    """policy and value_model are trained, reference and reward are frozen; kl_coef is in reward units per nat."""
+
+    cluster: Cluster
+    encoder: Encoder
+    rule: SamplingRule
+    policy: nn.Module
+    reference: nn.Module
+    value_model: nn.Module
+    reward: ModelSource
+    policy_optimizer: torch.optim.Optimizer
+    value_optimizer: torch.optim.Optimizer
+    kl_coef: float
+
+    def set_learning_rate(self, share: float, config: RunConfig) -> None:
+        """Both learning rates at `share` of their first value."""
+        for optimizer, full in (
+            (self.policy_optimizer, config.ppo.learning_rate),
+            (self.value_optimizer, config.ppo.value_learning_rate),
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = full * share
+
+
+def load_actors(job: Job, cluster: Cluster) -> Actors:
+    """Load and shard the four models: reference = policy, value model = reward model in the reward's units."""
+    config = job.config
+    policy_folder, reward_folder = model_folder(job.inputs["policy"]), model_folder(job.inputs["reward"])
+    encoder = load_encoder(policy_folder)
+    rule = sampling_rule(config, encoder)
+    policy, reference = load_policy(policy_folder), load_policy(policy_folder)
+    reward_model, value_model = _load_scalar(reward_folder, encoder), _load_scalar(reward_folder, encoder)
+    mean, std = config.reward.affine(read_manifest(job.inputs["reward"]).get("metrics", {}))
+    value_model.absorb_affine(mean, std)
+    policy = cluster.shard(policy, trainable=True)
+    value_model = cluster.shard(value_model, trainable=True)
+    settings = config.ppo
+    return Actors(
+        cluster=cluster,
+        encoder=encoder,
+        rule=rule,
+        policy=policy,
+        reference=cluster.shard(reference, trainable=False),
+        value_model=value_model,
+        reward=ModelSource(cluster.shard(reward_model, trainable=False), mean, std),
+        policy_optimizer=_adam(policy, settings.learning_rate, settings.adam_eps),
+        value_optimizer=_adam(value_model, settings.value_learning_rate, settings.adam_eps),
+        kl_coef=config.kl.coef,
+    )
+
+
+def load_policy(folder: Path) -> nn.Module:
+    """A causal model with dropout off."""
+    model = load_causal(folder)
+    disable_dropout(model)
+    return model
+
+
+def sampling_rule(config: RunConfig, encoder: Encoder) -> SamplingRule:
+    """One rule for sampler, old, new and reference log-probabilities."""
+    return SamplingRule(config.rollout.temperature, encoder.stop_ids, config.rollout.min_response)
+
+
+def sample(
+    model: nn.Module, prompts: list[list[int]], first_episode: int, config: RunConfig, rule: SamplingRule,
+    cluster: Cluster, pad_id: int, iteration: int = 0,
+) -> tuple[Rollout, Tensor]:  # fmt: skip
+    """This rank's share of one response to each prompt (ids), and the row numbers it has; `cluster.collect` joins them.
+
+    The noise of a row is a function of seed, iteration and episode number, not of the rank.
+    """
+    rows, _ = cluster.deal(len(prompts))
+    tokens, mask = pad_left(prompts, pad_id)  # padded over all ranks, so that shares can be joined
+    batch = PromptBatch(
+        tokens=tokens[rows].to(cluster.device),
+        mask=mask[rows].to(cluster.device),
+        index=(rows + first_episode).to(cluster.device),
+    )
+    noise = uniform_noise(config.seed, iteration, batch.index, config.rollout.max_response)
+    with cluster.whole(model):
+        return config.rollout.generate(model, batch, rule, noise), rows
+
+
+def logprobs_of(model: nn.Module, rollout: Rollout, rule: SamplingRule, microbatch: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies [B, R] of a rollout's responses, 0 on padding, in micro-batches by length."""
+    logprobs = torch.zeros(rollout.response_mask.shape, device=rollout.tokens.device)
+    entropy = torch.zeros_like(logprobs)
+    with torch.no_grad():
+        for rows in length_order(rollout.mask).split(microbatch):
+            part = rollout.rows(rows)
+            width = part.response_mask.shape[1]
+            values = response_logprobs(model, part.tokens, part.mask, width, rule, entropy=True)
+            for target, value in zip((logprobs, entropy), values):
+                target[rows, :width] = torch.where(part.response_mask, value, 0.0).to(target.dtype)
+    return logprobs, entropy
+
+
+def values_of(model: nn.Module, rollout: Rollout, microbatch: int) -> Tensor:
+    """Values [B, R] of a rollout: the value at each response token is read one token earlier, before it is chosen."""
+    values = torch.zeros(rollout.response_mask.shape, device=rollout.tokens.device)
+    with torch.no_grad():
+        for rows in length_order(rollout.mask).split(microbatch):
+            part = rollout.rows(rows)
+            width = part.response_mask.shape[1]
+            value = model(part.tokens, part.mask)[:, -width - 1 : -1]
+            values[rows, :width] = torch.where(part.response_mask, value, 0.0).to(values.dtype)
+    return values
+
+
+def _load_scalar(folder: Path, encoder: Encoder) -> ScalarModel:
+    other = load_encoder(folder)
+    if not same_tokens(other.tokenizer, encoder.tokenizer):
+        raise UserError(
+            f"the tokenizers of policy ({len(encoder.tokenizer)} tokens) and reward model ({len(other.tokenizer)} "
+            "tokens) differ: token ids cannot pass from one to the other; train the reward model from the same SFT model"
+        )
+    classifier = load_scorer(folder)
+    disable_dropout(classifier)
+    return ScalarModel(classifier)
+
+
+def _adam(model: nn.Module, learning_rate: float, eps: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=learning_rate, eps=eps, weight_decay=0.0)

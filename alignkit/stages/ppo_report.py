@@ -1,0 +1,138 @@
+"""What an iteration tells: metrics, samples, seconds by phase; and what is saved when it cannot go on."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from alignkit.algo.masked import moments
+from alignkit.algo.types import Advantages, Minibatch, Rollout, ScoredRollout, ShapedReward
+from alignkit.data.tokens import show
+
+if TYPE_CHECKING:
+    from alignkit.stages.actors import Actors
+
+
+class Timers:
+    """Seconds of an iteration by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+
+    def values(self, tokens: int) -> dict[str, float]:
+        """seconds/<phase>, seconds/iteration, and prompt plus response tokens per second of the iteration."""
+        total = sum(self.seconds.values())
+        named = {f"seconds/{phase}": seconds for phase, seconds in self.seconds.items()}
+        return {**named, "seconds/iteration": total, "tokens_per_second": tokens / total}
+
+
+def iteration_metrics(
+    rollout: Rollout,
+    scored: ScoredRollout,
+    shaped: ShapedReward,
+    target: Advantages,
+    entropy: Tensor,
+    samples: list[dict],
+    actors: Actors,
+    config,
+) -> dict[str, float]:
+    """What the rollouts of an iteration say, before any update. KL in nats per sequence, entropy in nats per token."""
+    mask = rollout.response_mask
+    tokens = float(mask.sum())
+    kl = float(shaped.kl.sum(dim=1).mean())
+    scores = scored.scores.double()
+    values = {
+        "kl": kl,
+        "kl_coef": actors.kl_coef,
+        "score_mean": float(scores.mean()),
+        "score_std": float(scores.std(correction=0)),
+        "reward_mean": float(shaped.per_token.sum(dim=1).mean()),
+        "entropy": float(entropy.sum()) / tokens,
+        "explained_variance": explained_variance(scored.values, target.returns, mask),
+        "response_length": tokens / len(mask),
+        "eos_fraction": float(rollout.finished.double().mean()),
+        "learning_rate": actors.policy_optimizer.param_groups[0]["lr"],
+    }
+    if config.kl.target is not None:
+        values["kl_target"] = config.kl.target
+    if samples and "gold" in samples[0]:
+        values["gold_mean"] = math.fsum(row["gold"] for row in samples) / len(samples)
+    return values
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over response tokens; 1 is perfect, 0 no better than a constant."""
+    count, _, squares = moments(returns, mask).tolist()
+    _, _, residual = moments(returns - values, mask).tolist()
+    return 1.0 - residual / squares if count and squares > 0 else 0.0
+
+
+def sample_rows(prompts, texts: list[str], rollout: Rollout, scored: ScoredRollout, shaped: ShapedReward, gold):
+    """One row a response, as a person reads it: prompt, response, score (gold where known), KL in nats, tokens."""
+    lengths, kls, scores = (
+        rollout.response_mask.sum(dim=1).tolist(),
+        shaped.kl.sum(dim=1).tolist(),
+        scored.scores.tolist(),
+    )
+    rows = []
+    for (prompt, _), text, length, kl, score, finished in zip(
+        prompts, texts, lengths, kls, scores, rollout.finished.tolist()
+    ):
+        row = {
+            "prompt": show(prompt),
+            "response": text,
+            "score": score,
+            "kl": kl,
+            "length": length,
+            "finished": finished,
+        }
+        rows.append({**row, "gold": gold(prompt, text)} if gold else row)
+    return rows
+
+
+def save_evidence(out: Path, iteration: int, batch: Minibatch, scored: ScoredRollout, samples: list[dict]) -> Path:
+    """All tensors and texts of an iteration that failed, for a person to look at. Returns the folder."""
+    folder = out / "state" / f"failed-iteration-{iteration + 1}"
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {field.name: getattr(batch, field.name) for field in fields(Minibatch)}
+    tensors["scores"], tensors["ref_logprobs"] = scored.scores, scored.ref_logprobs
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / "batch.safetensors"
+    )
+    lines = [json.dumps(row, ensure_ascii=False) for row in samples]
+    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def summary_of(history: list[dict[str, float]], config, seconds: float) -> dict[str, float]:
+    """Means over the last fifth of the iterations (at least one): what the run settled at."""
+    last = history[-max(1, len(history) // 5) :]
+    names = ("kl", "kl_coef", "score_mean", "gold_mean", "entropy", "response_length", "eos_fraction", "clip_fraction")
+    result = {name: math.fsum(row[name] for row in last) / len(last) for name in names if name in last[0]}
+    if config.kl.target is not None:
+        result["kl_target"] = config.kl.target
+    result.update(
+        iterations=len(history),
+        episodes=len(history) * config.ppo.batch,
+        score_first=history[0]["score_mean"],
+        seconds_training=round(seconds, 1),
+    )
+    return result

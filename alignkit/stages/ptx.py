@@ -1,0 +1,73 @@
+"""PPO-ptx: the language-model loss on the user's own text, mixed into every policy step.
+
+    L = L_PPO + coef * (- sum_t log p(text_t)) / (number of ptx tokens of the step, over all ranks)
+
+Source: Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155, eq. 2. It keeps the policy fluent while it chases reward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from alignkit.algo.batching import pad_right, prompt_indices
+from alignkit.algo.losses import negative_log_likelihood
+from alignkit.algo.sequence import position_ids, token_logprobs
+from alignkit.data.corpus import Demonstration
+from alignkit.data.tokens import Encoder
+from alignkit.errors import UserError
+from alignkit.observe.metrics import Mean, Metrics
+from alignkit.stages.actors import Actors
+from alignkit.stages.settings import PtxSettings
+
+
+@dataclass
+class PtxBatches:
+    """Endless shuffled passes over the rows; `position` is the number of rows taken so far."""
+
+    rows: list[tuple[list[int], int]]
+    batch: int
+    seed: int
+    position: int = 0
+
+    @classmethod
+    def open(cls, rows: list[Demonstration], encoder: Encoder, settings: PtxSettings, seed: int) -> PtxBatches:
+        """Rows as ids with the length of their prompt, cut at max_length; none if the loss is off."""
+        if settings.coef == 0:
+            return cls([], settings.batch, seed)
+        encoded = []
+        for row in rows:
+            prompt = encoder.prompt(row.prompt)
+            ids = (prompt + encoder.response(row.prompt, row.response))[: settings.max_length]
+            if len(ids) > max(len(prompt), 1):
+                encoded.append((ids, max(len(prompt), 1)))
+        if not encoded:
+            raise UserError("ptx.coef is above 0 but there are no demonstrations to mix in; set ptx.coef=0")
+        return cls(encoded, settings.batch, seed)
+
+    def take(self) -> list[tuple[list[int], int]]:
+        """The next `batch` rows, the same on every rank."""
+        chosen = prompt_indices(self.position, self.batch, len(self.rows), self.seed + 1)
+        self.position += self.batch
+        return [self.rows[i] for i in chosen.tolist()]
+
+
+def ptx_backward(actors: Actors, batches: PtxBatches, settings: PtxSettings, metrics: Metrics) -> None:
+    """Add the gradient of coef * mean negative log-likelihood of the next rows; its own token count over all ranks."""
+    if settings.coef == 0:
+        return
+    rows, cluster = batches.take(), actors.cluster
+    tokens = sum(len(ids) - start for ids, start in rows)
+    mine, real = cluster.deal(len(rows))
+    picked = [rows[i] for i in mine.tolist()]
+    ids, mask = (x.to(cluster.device) for x in pad_right([ids for ids, _ in picked], 0))
+    starts = torch.tensor([start for _, start in picked], device=cluster.device)
+    learnt = mask & (torch.arange(ids.shape[1], device=cluster.device) >= starts[:, None])
+    learnt = learnt & real.to(cluster.device)[:, None]
+    logits = actors.policy(
+        input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
+    ).logits
+    loss = negative_log_likelihood(token_logprobs(logits[:, :-1], ids[:, 1:]), learnt[:, 1:])
+    (settings.coef * loss.total / tokens).backward()
+    metrics.add("ptx_loss", Mean(loss.total, loss.count))

@@ -1,0 +1,148 @@
+"""A pairwise reward model through TRL (Bradley-Terry), and what is known of it on pairs that it has not seen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl import RewardConfig, RewardTrainer
+
+from alignkit.algo.batching import pad_right
+from alignkit.algo.losses import pairwise_loss
+from alignkit.algo.statistics import contrast_accuracy, wilson_interval
+from alignkit.data.corpus import Pair, Split
+from alignkit.data.tokens import Encoder
+from alignkit.errors import TrainingError, UserError
+from alignkit.models.loading import load_encoder, model_folder, scorer_from_policy
+from alignkit.models.scalar import ScalarModel, score_sequences
+from alignkit.observe.trainer_callback import make_callback
+from alignkit.stages.common import (
+    ProgressCallback,
+    prepare,
+    sample_of,
+    save_model,
+    show_example,
+    trainer_arguments,
+    trl_config,
+)
+
+if TYPE_CHECKING:
+    from alignkit.observe.tracking import Tracker
+    from alignkit.runtime.sharding import Cluster
+    from alignkit.stages.job import Job
+
+
+def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
+    """Train from the SFT model's backbone, save `model/`, and measure. Returns accuracy with its 95% interval on all
+    held-out pairs, and the mean and standard deviation of the score on reference responses, which PPO normalises by."""
+    corpus, settings = prepare(job, cluster.is_main), job.config.reward_model
+    if not corpus.train.pairs:
+        raise UserError("data: no preference pairs; a reward model needs prompt+chosen+rejected rows or labelled texts")
+    source = model_folder(job.inputs["init"])
+    encoder = load_encoder(source)
+    train, dropped = encode(corpus.train.pairs, encoder, settings.max_length)
+    if cluster.is_main:
+        print(f"reward_model: {len(train)} pairs{_why(dropped, settings.max_length)}")
+        first = corpus.train.pairs[0]
+        for kind in ("chosen", "rejected"):
+            response = encoder.response(first.prompt, getattr(first, kind))
+            show_example(f"reward_model {kind}", encoder, encoder.prompt(first.prompt), response)
+    arguments = trainer_arguments(job, settings, cluster.world_size, len(train))
+    arguments["center_rewards_coefficient"] = settings.center_coef or None
+    model = scorer_from_policy(source, job.config.seed)
+    model.config.pad_token_id = encoder.tokenizer.pad_token_id
+    trainer = RewardTrainer(
+        model=model,
+        args=trl_config(RewardConfig, arguments, "reward_model"),
+        train_dataset=Dataset.from_list(train),
+        processing_class=encoder.tokenizer,
+        callbacks=[make_callback(tracker), ProgressCallback("reward_model")],
+    )
+    trainer.train()
+
+    scorer = ScalarModel(trainer.accelerator.unwrap_model(trainer.model)).to(cluster.device).eval()
+    metrics = measure(scorer, corpus, encoder, job, cluster)
+    if cluster.is_main:
+        save_model(scorer.classifier, encoder, job.out / "model")
+        low, high = metrics["eval_accuracy_low"], metrics["eval_accuracy_high"]
+        print(f"reward_model: held-out accuracy {metrics['eval_accuracy']:.3f} (95% interval {low:.3f} to {high:.3f})")
+    return {"train_pairs": len(train), "dropped_pairs": sum(dropped.values()), **metrics}
+
+
+def encode(pairs: list[Pair], encoder: Encoder, max_length: int) -> tuple[list[dict], dict[str, int]]:
+    """Pairs as TRL takes them, and how many were left out for which reason."""
+    rows, dropped = [], {"too long": 0, "the same tokens": 0}
+    margins = any(pair.margin for pair in pairs)
+    for pair in pairs:
+        chosen, rejected = encoder.pair(pair)
+        if max(len(chosen), len(rejected)) > max_length:
+            dropped["too long"] += 1
+        elif chosen == rejected:
+            dropped["the same tokens"] += 1
+        else:
+            row = {"chosen_ids": chosen, "rejected_ids": rejected}
+            rows.append({**row, "margin": pair.margin} if margins else row)
+    return rows, dropped
+
+
+def measure(scorer: ScalarModel, corpus, encoder: Encoder, job: Job, cluster: Cluster) -> dict[str, float]:
+    """Accuracy once over the whole held-out set, and the score's mean and deviation on reference responses."""
+    settings = job.config.reward_model
+
+    def scores(rows: list[list[int]]) -> Tensor:
+        return score_all(scorer, rows, encoder.tokenizer.pad_token_id, 4 * settings.microbatch, cluster)
+
+    accuracy = heldout_accuracy(corpus.heldout, encoder, settings.max_length, scores)
+    references = sample_of(corpus.train.demonstrations, settings.reference_responses, job.config.seed)
+    rows = [encoder.prompt(row.prompt) + encoder.response(row.prompt, row.response) for row in references]
+    reference = scores([row[: settings.max_length] for row in rows])
+    if not bool(torch.isfinite(reference).all()):
+        raise TrainingError("the reward model gives scores that are not finite: lower reward_model.learning_rate")
+    return {**accuracy, "score_mean": float(reference.mean()), "score_std": max(float(reference.std()), 1e-6)}
+
+
+def heldout_accuracy(split: Split, encoder: Encoder, max_length: int, scores) -> dict[str, float]:
+    """Share of held-out pairs in the right order. For labelled texts: over all pairs of a positive and a negative."""
+    rows, dropped = encode(split.pairs, encoder, max_length)
+    if not rows:
+        raise UserError("data: no held-out preference pairs are left; raise data.heldout or reward_model.max_length")
+    chosen, rejected = (scores([row[key] for row in rows]) for key in ("chosen_ids", "rejected_ids"))
+    count = len(rows)
+    order = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+    share, (low, high) = float(order.mean()), wilson_interval(float(order.sum()), count)
+    if split.contrast:
+        texts = [[encoder.response("", text)[:max_length] for text in side] for side in split.contrast]
+        share, low, high = contrast_accuracy(*(scores(side) for side in texts))
+        count = len(texts[0]) * len(texts[1])
+    return {
+        "eval_accuracy": share,
+        "eval_accuracy_low": low,
+        "eval_accuracy_high": high,
+        "eval_pairs": count,
+        "eval_dropped_pairs": sum(dropped.values()),
+        "eval_loss": float(pairwise_loss(chosen, rejected).total) / len(rows),
+        "eval_margin": float((chosen - rejected).mean()),
+    }
+
+
+def score_all(scorer: ScalarModel, rows: list[list[int]], pad_id: int, batch: int, cluster: Cluster) -> Tensor:
+    """Scores of all rows of ids, [n] float32 on the CPU, the work dealt over the ranks in order of length."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    mine, _ = cluster.deal(len(rows))
+    parts = []
+    with torch.no_grad():
+        for part in mine.split(batch):
+            tokens, mask = pad_right([rows[order[i]] for i in part.tolist()], pad_id)
+            parts.append(score_sequences(scorer, tokens.to(cluster.device), mask.to(cluster.device)).float())
+    collected = cluster.collect(torch.cat(parts), len(rows)).cpu()
+    scores = torch.empty(len(rows))
+    scores[torch.tensor(order)] = collected
+    return scores
+
+
+def _why(dropped: dict[str, int], max_length: int) -> str:
+    words = {"too long": f"longer than reward_model.max_length={max_length} tokens", "the same tokens": "identical"}
+    parts = [f"{count} left out: {words[reason]}" for reason, count in dropped.items() if count]
+    return f" ({'; '.join(parts)})" if parts else ""

@@ -1,0 +1,80 @@
+"""Supervised fine-tuning through TRL: the policy learns the responses of the demonstrations."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from alignkit.data.corpus import Demonstration
+from alignkit.data.tokens import Encoder, training_texts
+from alignkit.errors import UserError
+from alignkit.models.loading import make_encoder, start_policy
+from alignkit.observe.trainer_callback import make_callback
+from alignkit.stages.common import ProgressCallback, prepare, save_model, show_example, trainer_arguments, trl_config
+
+if TYPE_CHECKING:
+    from alignkit.observe.tracking import Tracker
+    from alignkit.runtime.sharding import Cluster
+    from alignkit.stages.job import Job
+
+
+def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
+    """Train, evaluate on the held-out demonstrations, save `model/`. Returns eval_loss (nats a token) and perplexity."""
+    corpus, settings = prepare(job, cluster.is_main), job.config.sft
+    if not corpus.train.demonstrations or not corpus.heldout.demonstrations:
+        raise UserError(
+            "data: no demonstrations to fine-tune on; SFT needs prompt+response rows, texts or chosen responses"
+        )
+
+    def texts():
+        split = corpus.train
+        responses = [row.response for row in split.demonstrations]
+        return training_texts(split.prompts, responses + [text for p in split.pairs for text in (p.chosen, p.rejected)])
+
+    model, tokenizer = start_policy(job.config.model, texts)
+    encoder = make_encoder(tokenizer, model.generation_config)
+    train, cut = encode(corpus.train.demonstrations, encoder, settings.max_length)
+    heldout, _ = encode(corpus.heldout.demonstrations, encoder, settings.max_length)
+    if cluster.is_main:
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"sft: {parameters / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}, {len(train)} demonstrations")
+        if cut:
+            print(f"sft: {cut} demonstrations longer than sft.max_length={settings.max_length} tokens were cut there")
+        first = corpus.train.demonstrations[0]
+        show_example(
+            "sft example", encoder, encoder.prompt(first.prompt), encoder.response(first.prompt, first.response)
+        )
+
+    arguments = trainer_arguments(job, settings, cluster.world_size, len(train))
+    arguments.update(dataset_kwargs={"skip_prepare_dataset": True}, packing=settings.trainer.get("packing", False))
+    trainer = SFTTrainer(
+        model=model,
+        args=trl_config(SFTConfig, arguments, "sft"),
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(heldout),
+        processing_class=tokenizer,
+        callbacks=[make_callback(tracker), ProgressCallback("sft")],
+    )
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    if cluster.is_main:
+        save_model(trainer.accelerator.unwrap_model(trainer.model), encoder, job.out / "model")
+    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "train_rows": len(train)}
+
+
+def encode(rows: list[Demonstration], encoder: Encoder, max_length: int) -> tuple[list[dict], int]:
+    """Rows as TRL takes them (labels -100 on the prompt), and how many were cut at `max_length` tokens."""
+    encoded, cut = [], 0
+    for row in rows:
+        prompt = encoder.prompt(row.prompt)
+        ids = prompt + encoder.response(row.prompt, row.response)
+        if len(prompt) >= max_length:
+            cut += 1
+            continue  # nothing of the response would be left to learn
+        cut += len(ids) > max_length
+        labels = [-100] * len(prompt) + ids[len(prompt) :]
+        encoded.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
+    return encoded, cut
