@@ -43,7 +43,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
 
     Shapes:  rewards, values, mask [B, R] -> two [B, R], 0 on padding. mask is bool, True on a prefix of each row.
     Units:   reward-model units.
-    A response cut off at R tokens is treated as ended there: no value is bootstrapped, as the score judges what is there.
+    A response cut off at R tokens is treated as ended there: no value is bootstrapped, as its score is already known.
     Source:  Schulman et al. 2016, arXiv:1506.02438, eq. 16.
     """
     import torch

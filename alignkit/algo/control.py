@@ -14,6 +14,10 @@ class FixedKL:
 
     target = None
 
+    def reach(self, *, iterations: int, episodes: int) -> float:
+        """By which factor the coefficient can change in a whole run: not at all."""
+        return 1.0
+
     def next(self, coef: float, *, observed: float, episodes: int) -> float:
         """The same coefficient again."""
         return coef
@@ -39,6 +43,10 @@ class AdaptiveKL:
         """The next coefficient. observed: nats per sequence over all ranks; episodes: sequences of the iteration."""
         error = min(max(observed / self.target - 1.0, -0.2), 0.2)
         return coef * (1.0 + error * episodes / self.horizon)
+
+    def reach(self, *, iterations: int, episodes: int) -> float:
+        """By which factor the coefficient can grow in `iterations` of `episodes` sequences each."""
+        return (1.0 + 0.2 * episodes / self.horizon) ** iterations
 
     def __post_init__(self) -> None:
         if self.horizon < 2:

@@ -101,7 +101,7 @@ class Minibatch:
         return Minibatch(**picked)
 
     def only(self, real: Tensor) -> "Minibatch":
-        """The same rows, with nothing to learn in those where `real` [B] is False: ranks with fewer rows stay in step."""
+        """The same rows, nothing to learn in those where `real` [B] is False: ranks with fewer rows stay in step."""
         return replace(self, response_mask=self.response_mask & real[:, None])
 
 

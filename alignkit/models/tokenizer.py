@@ -64,7 +64,7 @@ def ensure_pad(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def find_stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config=None) -> tuple[int, ...]:
-    """All tokens that end a response: EOS, those of generation_config, and the chat template's end of an assistant turn."""
+    """All tokens that end a response: EOS, those of generation_config, the chat template's end of a turn."""
     stops = {tokenizer.eos_token_id}
     listed = getattr(generation_config, "eos_token_id", None)
     stops.update([listed] if isinstance(listed, int) else (listed or []))

@@ -10,6 +10,7 @@ it ran (tracking, launch, sharding, micro-batches), and not the code version, wh
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ SECTIONS = {
     "sft": ("model", "data", "sft"),
     "reward_model": ("data", "reward_model"),
     "ppo": ("data", "ppo", "ptx", "rollout", "reward", "advantage", "kl"),
-    "evaluate": ("data", "evaluate", "rollout"),
+    "evaluate": ("data", "evaluate", "ppo", "rollout", "reward"),
 }
 STAGE_VERSION = {"sft": 1, "reward_model": 1, "ppo": 1, "evaluate": 1}  # raised by hand when a stage's result changes
 WITHOUT_EFFECT = {  # settings that change how a result is computed or shown, not the result
@@ -49,7 +50,7 @@ class Artifact:
 
 
 def stage_digest(stage: str, raw: Mapping[str, Any], data: str, inputs: Mapping[str, str]) -> str:
-    """Hex digest of everything that decides the stage's product. data: the data's fingerprint; inputs: name -> digest."""
+    """Hex digest of all that decides the stage's product. data: the data's fingerprint; inputs: name -> digest."""
     chosen = {}
     for section in SECTIONS[stage]:
         hidden = WITHOUT_EFFECT.get(section, ())
@@ -69,7 +70,10 @@ def open_artifact(path: str) -> Artifact:
     """A model that the user names: a finished stage by its manifest, any other folder by the bytes of its files."""
     folder = Path(path)
     if (folder / "manifest.json").is_file():
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        manifest = _manifest(folder)
+        lost = ["manifest.json"] if manifest is None else _lost_files(folder, manifest)
+        if lost:
+            raise UserError(f"'{path}' is damaged: {lost[0]} is missing or cut off; run the command that makes it again")
         return Artifact(folder.resolve(), manifest["digest"], manifest["metrics"])
     if folder.resolve().name.endswith(".partial"):
         raise UserError(f"'{path}' is an unfinished stage: run the command that makes it again until it ends")
@@ -114,19 +118,17 @@ class Store:
     def find(self, stage: str, digest: str) -> Artifact | None:
         """The finished product of that digest, if its manifest is there and names files that are all there."""
         folder = self.folder / f"{stage}-{digest}"
-        if not (folder / "manifest.json").is_file():
+        manifest = _manifest(folder)
+        if manifest is None or _lost_files(folder, manifest):
             return None
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-        whole = all((folder / name).is_file() and (folder / name).stat().st_size == facts["bytes"]
-                    for name, facts in manifest["files"].items())  # fmt: skip
-        return Artifact(folder, digest, manifest["metrics"]) if whole else None
+        return Artifact(folder, digest, manifest["metrics"])
 
     def start(self, stage: str, digest: str) -> Path:
         """An empty folder to write the product into; what a crash left there before is kept beside it."""
         partial = self.folder / f"{stage}-{digest}.partial"
         if partial.exists():
-            number = 1 + len(list(self.folder.glob(f"{stage}-{digest}.failed-*")))
-            partial.rename(self.folder / f"{stage}-{digest}.failed-{number}")
+            aside = (self.folder / f"{stage}-{digest}.failed-{number}" for number in itertools.count(1))
+            partial.rename(next(place for place in aside if not place.exists()))
         (partial / "logs").mkdir(parents=True)
         return partial
 
@@ -149,6 +151,20 @@ class Store:
         else:
             partial.rename(final)
         return Artifact(final, digest, facts["metrics"])
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """A finished stage's manifest; None where there is none, or one that was cut off."""
+    try:
+        return json.loads((folder / "manifest.json").read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def _lost_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """The files that the manifest names and that are not there in their full length."""
+    files = ((folder / name, facts["bytes"]) for name, facts in manifest["files"].items())
+    return [str(file.relative_to(folder)) for file, size in files if not file.is_file() or file.stat().st_size != size]
 
 
 def link(place: Path, target: Path) -> None:

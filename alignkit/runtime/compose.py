@@ -17,8 +17,6 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from alignkit.errors import UserError
-
 
 def compose_and_call(conf: Path, name: str, call: Callable[[dict[str, Any]], int]) -> int:
     """Compose conf/<name>.yaml with sys.argv and call `call` with the plain settings, once a job (several with -m).
@@ -30,20 +28,31 @@ def compose_and_call(conf: Path, name: str, call: Callable[[dict[str, Any]], int
     full = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
     codes: list[int] = []
+    faults: list[OmegaConfBaseException] = []
 
     def task(composed) -> None:
-        if any(code >= 128 for code in codes):
+        if faults or any(code >= 128 for code in codes):
             return
-        raw = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+        try:
+            raw = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+        except OmegaConfBaseException as error:  # raised from here, Hydra would print a line of its own
+            faults.append(error)
+            return
         if HydraConfig.get().mode is not None and HydraConfig.get().mode.name == "MULTIRUN":
             raw["name"] = _job_name(raw["name"], name)
         codes.append(call(raw))
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(task)()
+    except ValueError as error:
+        if "Config group override" not in str(error):
+            raise
+        raise HydraException(_not_an_option(conf)) from error
     finally:
         if full is None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
+    if faults:
+        raise faults[0]
     return next((code for code in codes if code), 0)
 
 
@@ -60,27 +69,40 @@ def explain(error: Exception, conf: Path, name: str) -> str:
     if found := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(found.group(1).split("@")[0], conf, name)
     if found := re.search(
-        r"Could not find '([^']+)'\s+Available options in '([^']+)':\s+(.*?)\n(?:Config|Did)", text, re.S
+        r"Could not find '([^']+)/([^'/]+)'\s+(?:Available options in '[^']+':\s+(.*?)\n)?(?:Config|Did)", text, re.S
     ):
-        return f"{found.group(2)}={found.group(1).split('/')[-1]}: no such option; options: {', '.join(found.group(3).split())}"
-    if found := re.search(r"Could not override '([^']+)'.\s+No match in the defaults list", text):
-        return f"{found.group(1)}: unknown group of settings"
+        group, option, known = found.groups()
+        return f"{group}={option}: no such option; options: {', '.join((known or 'none').split())}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(line for line in lines if not line.startswith(("object_type", "reference_type", "full_key")))
 
 
 def _unknown_key(key: str, conf: Path, name: str) -> str:
     """`ppo.eopchs: unknown key; did you mean ppo.epochs?`"""
+    group, _, rest = key.partition(".")
+    owners = [file.stem for file in sorted((conf / group).glob("*.yaml")) if rest and rest in OmegaConf.load(file)]
+    if owners:
+        return f"{key}: unknown key with this choice of {group}; {' and '.join(f'{group}={o}' for o in owners)} know it"
     keys: list[str] = []
     try:
         with hydra.initialize_config_dir(str(conf), version_base="1.3"):
             keys = list(_leaves(OmegaConf.to_container(hydra.compose(name))))
     except (HydraException, OmegaConfBaseException):
         pass
-    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.7)
     near = near or [known for known in keys if known.split(".")[-1] == key.split(".")[-1]][:3]
     hint = f"did you mean {' or '.join(near)}?" if near else f"alignkit {name} --cfg job shows all keys"
     return f"{key}: unknown key; {hint}"
+
+
+def _not_an_option(conf: Path) -> str:
+    """`ppo=1: no such option; options: default`: a group was given a number, which Hydra does not say in words."""
+    for word in sys.argv[1:]:
+        group, _, value = word.partition("=")
+        options = sorted(file.stem for file in (conf / group).glob("*.yaml")) if group else []
+        if options and value not in options:
+            return f"{word}: no such option; options: {', '.join(options)}"
+    return "a group of settings takes the name of one of its options, as in model=tiny"
 
 
 def _leaves(node: dict, prefix: str = ""):
@@ -88,3 +110,8 @@ def _leaves(node: dict, prefix: str = ""):
         yield f"{prefix}{key}"
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
+
+
+def as_yaml(raw: dict[str, Any]) -> str:
+    """Plain settings as the text of a YAML file."""
+    return OmegaConf.to_yaml(OmegaConf.create(raw))

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib
 import json
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,8 @@ def _section(path: str, cls: type, values: Any, faults: list[str]) -> Any:
         return None
     names = [field.name for field in dataclasses.fields(cls)]
     if not is_pydantic_dataclass(cls):  # a user's plain dataclass is checked by the same rules
-        cls = pydantic_dataclass(config=ConfigDict(extra="forbid", strict=True))(cls)
+        frozen = cls.__dataclass_params__.frozen  # a frozen class cannot have a subclass that is not
+        cls = pydantic_dataclass(config=ConfigDict(extra="forbid", strict=True), frozen=frozen)(cls)
     unknown = [key for key in values if key not in names]
     faults += [_unknown(path, key, names) for key in unknown]
     try:
@@ -137,6 +139,13 @@ def _strategy(path: str, values: Any, trusted: list[str], faults: list[str]) -> 
     except (ImportError, AttributeError) as error:
         faults.append(f"{path}._target_: '{target}' cannot be imported: {error}")
         return None
+    except Exception as error:  # the user's module has a fault: say where
+        *_, frame = traceback.extract_tb(error.__traceback__)
+        place = f"{frame.filename}, line {frame.lineno}"
+        place = f"{error.filename}, line {error.lineno}" if isinstance(error, SyntaxError) else place
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        faults.append(f"{path}._target_: '{target}' cannot be imported: {type(error).__name__}: {reason} ({place})")
+        return None
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         faults.append(f"{path}._target_: '{target}' is not a dataclass")
         return None
@@ -151,6 +160,8 @@ def _fault(path: str, item: dict, names: list[str]) -> str:
         return f"{place}: missing; set it with {place}=VALUE"
     if item["type"] == "value_error":
         return f"{place}: {message}"
+    if item["type"] == "string_type" and isinstance(item["input"], int | float):
+        return f"{place}: expected a text, got the number {item['input']}; quote it: '{place}=\"{item['input']}\"'"
     expected = message.removeprefix("Input should be ")
     return f"{place}: expected {expected}, got {item['input']!r}; set it with {place}=VALUE"
 
@@ -166,6 +177,8 @@ def _unknown(path: str, key: str, names: list[str]) -> str:
 def _across(parts: dict[str, Any]) -> list[str]:
     """Rules between sections, each naming both values."""
     faults = []
+    if parts["name"] and ("/" in parts["name"] or parts["name"].startswith(".")):
+        faults.append(f"name={parts['name']}: expected the name of one folder in {parts['runs_dir']}, not a path")
     ppo, launch, sharding, model = parts["ppo"], parts["launch"], parts["sharding"], parts["model"]
     for name in ("sft", "reward_model"):
         if parts[name].batch % launch.processes:

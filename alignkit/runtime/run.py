@@ -13,12 +13,13 @@ from alignkit import __version__
 from alignkit.errors import UserError
 from alignkit.observe.wandb_sink import decide_mode
 from alignkit.runtime.artifact import Artifact, Store, link, open_artifact, stage_digest, write_json
+from alignkit.runtime.compose import as_yaml
 from alignkit.runtime.config import RunConfig
 from alignkit.runtime.launch import run_stage
 
 
 class Run:
-    """What a recipe works with: `run.stage(...)` for each step of the chain, `run.given(...)` for models from outside."""
+    """What a recipe works with: `run.stage(...)` for each step, `run.given(...)` for models from outside."""
 
     def __init__(self, recipe: str, config: RunConfig, raw: dict[str, Any]) -> None:
         self.recipe, self.config, self.raw = recipe, config, raw
@@ -28,10 +29,11 @@ class Run:
         self.folder, self.store = runs / self.name, Store(runs)
         self.mode, note = decide_mode(config.tracking.mode)
         self.products: dict[str, Artifact] = {}
+        self.made: list[str] = []  # stages that this run made itself, in order
         self.summary: dict[str, Any] = {}
         self.started = time.time()
         self._lock = self._claim()
-        write_json(self.folder / "config.json", {"recipe": recipe, "settings": raw})
+        (self.folder / "config.yaml").write_text(f"# alignkit {recipe}\n{as_yaml(raw)}", encoding="utf-8")
         _say(f"run {self.name} ({recipe}) in {self._shown(self.folder)}")
         if note:
             _say(note)
@@ -80,8 +82,10 @@ class Run:
             "inputs": {key: str(item.path) for key, item in inputs.items()},
             "config": self.raw,
             "tracking_mode": self.mode,
+            "first": not self.made,
         }
         write_json(partial / "job.json", job)
+        self.made.append(name)
         run_stage(partial / "job.json", self.config.launch, self._num_parameters(inputs))
         metrics = json.loads((partial / "result.json").read_text("utf-8"))
         metrics["seconds"] = round(time.time() - began, 1)

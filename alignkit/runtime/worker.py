@@ -53,6 +53,7 @@ def run_job(job_file: Path) -> None:
         config=config,
         inputs={name: Path(path) for name, path in spec["inputs"].items()},
         out=job_file.parent,
+        first=spec["first"],
     )
     _quiet_libraries()
     from alignkit.observe.tracking import Tracker

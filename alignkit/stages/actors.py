@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from alignkit.algo.batching import length_order, pad_left
+from alignkit.algo.batching import length_order, pad_left, pad_right
 from alignkit.algo.sampling import SamplingRule, uniform_noise
 from alignkit.algo.types import PromptBatch, Rollout
 from alignkit.data.tokens import Encoder
 from alignkit.errors import UserError
 from alignkit.models.loading import disable_dropout, load_causal, load_encoder, load_scorer, model_folder, read_manifest
 from alignkit.models.policy import response_logprobs
-from alignkit.models.scalar import ScalarModel
+from alignkit.models.scalar import ScalarModel, score_sequences
 from alignkit.models.tokenizer import same_tokens
 from alignkit.reward.model import ModelSource
 
@@ -136,12 +136,27 @@ def values_of(model: nn.Module, rollout: Rollout, microbatch: int) -> Tensor:
     return values
 
 
+def score_all(scorer: ScalarModel, rows: list[list[int]], pad_id: int, batch: int, cluster: Cluster) -> Tensor:
+    """Scores of all rows of ids, [n] float32 on the CPU, the work dealt over the ranks in order of length."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    mine, _ = cluster.deal(len(rows))
+    parts = []
+    with torch.no_grad():
+        for part in mine.split(batch):
+            tokens, mask = pad_right([rows[order[i]] for i in part.tolist()], pad_id)
+            parts.append(score_sequences(scorer, tokens.to(cluster.device), mask.to(cluster.device)).float())
+    collected = cluster.collect(torch.cat(parts), len(rows)).cpu()
+    scores = torch.empty(len(rows))
+    scores[torch.tensor(order)] = collected
+    return scores
+
+
 def _load_scalar(folder: Path, encoder: Encoder) -> ScalarModel:
     other = load_encoder(folder)
     if not same_tokens(other.tokenizer, encoder.tokenizer):
         raise UserError(
             f"the tokenizers of policy ({len(encoder.tokenizer)} tokens) and reward model ({len(other.tokenizer)} "
-            "tokens) differ: token ids cannot pass from one to the other; train the reward model from the same SFT model"
+            "tokens) differ: ids cannot pass from one to the other; train the reward model from the same SFT model"
         )
     classifier = load_scorer(folder)
     disable_dropout(classifier)

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def prepare(job: Job, is_main: bool) -> Corpus:
-    """Seed everything and load the data; rank 0 prints what was found in it."""
+    """Seed everything and load the data; the first stage of a run prints what was found in it."""
     set_seed(job.config.seed)
     corpus = job.config.data.load(job.config.seed)
-    if is_main:
+    if is_main and job.first:
         for note in corpus.notes:
             print(f"data: {note}")
     return corpus
@@ -57,6 +57,7 @@ def trainer_arguments(job: Job, settings: Any, world_size: int, num_rows: int) -
         "use_cpu": not cuda,
         "dataloader_pin_memory": cuda,
         "gradient_checkpointing": False,
+        "ddp_find_unused_parameters": False,
         "seed": job.config.seed,
         "dataset_num_proc": None,
         **settings.trainer,

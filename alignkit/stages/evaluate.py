@@ -17,9 +17,8 @@ from alignkit.errors import UserError
 from alignkit.models.loading import load_encoder, load_scorer, model_folder, read_manifest
 from alignkit.models.scalar import ScalarModel
 from alignkit.reward.bag_of_words import fit_bag_of_words
-from alignkit.stages.actors import load_policy, logprobs_of, sample, sampling_rule
+from alignkit.stages.actors import load_policy, logprobs_of, sample, sampling_rule, score_all
 from alignkit.stages.common import prepare, sample_of
-from alignkit.stages.reward_model import score_all
 
 if TYPE_CHECKING:
     from alignkit.observe.tracking import Tracker
@@ -38,7 +37,7 @@ class Responses:
 
 
 def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
-    """Sample from both models with the same noise, judge both, write `samples.jsonl`. Returns win rate with interval."""
+    """Sample from both models with the same noise and judge both. Returns the win rate with its interval."""
     corpus, settings = prepare(job, cluster.is_main), job.config.evaluate
     encoder = load_encoder(model_folder(job.inputs["policy"]))
     prompts = heldout_prompts(corpus, encoder, job)

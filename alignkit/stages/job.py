@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Job:
     """stage: its name; config: the checked settings; inputs: name -> folder of an earlier stage (or of a model);
-    out: the folder that the stage writes, `model/` in it for the model that it hands on."""
+    out: the folder that the stage writes, `model/` in it for the model that it hands on; first: no stage ran before it
+    in this run."""
 
     stage: str
     config: RunConfig
     inputs: Mapping[str, Path]
     out: Path
+    first: bool

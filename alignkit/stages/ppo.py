@@ -43,6 +43,8 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
     actors = load_actors(job, cluster)
     prompts = encode_prompts(corpus.train.prompts, actors, settings.max_prompt, settings.batch)
     ptx = PtxBatches.open(corpus.train.demonstrations, actors.encoder, config.ptx, config.seed)
+    if cluster.is_main and config.kl.target is not None:
+        warn_of_slow_control(config)
     progress = Progress("ppo", settings.iterations, cluster.is_main)
     history: list[dict[str, float]] = []
     for iteration in range(settings.iterations):
@@ -202,9 +204,9 @@ def check_ratio(metrics: Metrics, cluster: Cluster) -> None:
     error = float(reduce(metrics, cluster.sum, cluster.max).values()["ratio_error"])
     if not error <= RATIO_LIMIT:
         raise TrainingError(
-            f"the ratio of new to old policy is off by {error:.2g} before the first step (limit {RATIO_LIMIT}): scoring "
-            "and training do not see the same network. Usual causes: dropout left on, another dtype, padding side, "
-            "sampling settings that the log-probabilities do not share"
+            f"the ratio of new to old policy is off by {error:.2g} before the first step (limit {RATIO_LIMIT}): "
+            "scoring and training do not see the same network. Usual causes: dropout left on, another dtype, "
+            "padding side, sampling settings that the log-probabilities do not share"
         )
 
 
@@ -218,10 +220,20 @@ def encode_prompts(prompts: list[Prompt], actors: Actors, longest: int, batch: i
         )
     if len(kept) < batch:
         raise UserError(
-            f"ppo.batch={batch} prompts are needed for one iteration, but there are only {len(kept)} training prompts of "
-            f"at most ppo.max_prompt={longest} tokens: lower ppo.batch, raise ppo.max_prompt or give more data"
+            f"ppo.batch={batch} prompts are needed for one iteration, but there are only {len(kept)} training prompts "
+            f"of at most ppo.max_prompt={longest} tokens: lower ppo.batch, raise ppo.max_prompt or give more data"
         )
     return kept
+
+
+def warn_of_slow_control(config) -> None:
+    """Say so when the adaptive coefficient cannot even double within the run."""
+    reach = config.kl.reach(iterations=config.ppo.iterations, episodes=config.ppo.batch)
+    if reach < 2:
+        print(
+            f"ppo: warning: with kl.horizon={config.kl.horizon} the KL coefficient can change by a factor of {reach:.2f} "
+            f"at most in {config.ppo.iterations} iterations; lower kl.horizon to reach kl.target={config.kl.target}"
+        )
 
 
 def save_policy(actors: Actors, state: dict[str, Tensor], job: Job) -> None:

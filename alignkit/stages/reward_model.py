@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import PrinterCallback
 from trl import RewardConfig, RewardTrainer
 
-from alignkit.algo.batching import pad_right
 from alignkit.algo.losses import pairwise_loss
 from alignkit.algo.statistics import contrast_accuracy, wilson_interval
 from alignkit.data.corpus import Pair, Split
 from alignkit.data.tokens import Encoder
 from alignkit.errors import TrainingError, UserError
 from alignkit.models.loading import load_encoder, model_folder, scorer_from_policy
-from alignkit.models.scalar import ScalarModel, score_sequences
+from alignkit.models.scalar import ScalarModel
 from alignkit.observe.trainer_callback import make_callback
+from alignkit.stages.actors import score_all
 from alignkit.stages.common import (
     ProgressCallback,
     prepare,
@@ -60,6 +61,7 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
         processing_class=encoder.tokenizer,
         callbacks=[make_callback(tracker), ProgressCallback("reward_model")],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
 
     scorer = ScalarModel(trainer.accelerator.unwrap_model(trainer.model)).to(cluster.device).eval()
@@ -125,21 +127,6 @@ def heldout_accuracy(split: Split, encoder: Encoder, max_length: int, scores) ->
         "eval_loss": float(pairwise_loss(chosen, rejected).total) / len(rows),
         "eval_margin": float((chosen - rejected).mean()),
     }
-
-
-def score_all(scorer: ScalarModel, rows: list[list[int]], pad_id: int, batch: int, cluster: Cluster) -> Tensor:
-    """Scores of all rows of ids, [n] float32 on the CPU, the work dealt over the ranks in order of length."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    mine, _ = cluster.deal(len(rows))
-    parts = []
-    with torch.no_grad():
-        for part in mine.split(batch):
-            tokens, mask = pad_right([rows[order[i]] for i in part.tolist()], pad_id)
-            parts.append(score_sequences(scorer, tokens.to(cluster.device), mask.to(cluster.device)).float())
-    collected = cluster.collect(torch.cat(parts), len(rows)).cpu()
-    scores = torch.empty(len(rows))
-    scores[torch.tensor(order)] = collected
-    return scores
 
 
 def _why(dropped: dict[str, int], max_length: int) -> str:

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
+from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from alignkit.data.corpus import Demonstration
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
-    """Train, evaluate on the held-out demonstrations, save `model/`. Returns eval_loss (nats a token) and perplexity."""
+    """Train, evaluate on held-out demonstrations, save `model/`. Returns eval_loss (nats a token) and perplexity."""
     corpus, settings = prepare(job, cluster.is_main), job.config.sft
     if not corpus.train.demonstrations or not corpus.heldout.demonstrations:
         raise UserError(
@@ -36,13 +37,14 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
 
     model, tokenizer = start_policy(job.config.model, texts)
     encoder = make_encoder(tokenizer, model.generation_config)
-    train, cut = encode(corpus.train.demonstrations, encoder, settings.max_length)
+    train, counts = encode(corpus.train.demonstrations, encoder, settings.max_length)
     heldout, _ = encode(corpus.heldout.demonstrations, encoder, settings.max_length)
     if cluster.is_main:
         parameters = sum(p.numel() for p in model.parameters())
         print(f"sft: {parameters / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}, {len(train)} demonstrations")
-        if cut:
-            print(f"sft: {cut} demonstrations longer than sft.max_length={settings.max_length} tokens were cut there")
+        for what, count in counts.items():
+            if count:
+                print(f"sft: {count} {what}: longer than sft.max_length={settings.max_length} tokens")
         first = corpus.train.demonstrations[0]
         show_example(
             "sft example", encoder, encoder.prompt(first.prompt), encoder.response(first.prompt, first.response)
@@ -58,6 +60,7 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
         processing_class=tokenizer,
         callbacks=[make_callback(tracker), ProgressCallback("sft")],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     loss = trainer.evaluate()["eval_loss"]
     if cluster.is_main:
@@ -65,16 +68,16 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "train_rows": len(train)}
 
 
-def encode(rows: list[Demonstration], encoder: Encoder, max_length: int) -> tuple[list[dict], int]:
-    """Rows as TRL takes them (labels -100 on the prompt), and how many were cut at `max_length` tokens."""
-    encoded, cut = [], 0
+def encode(rows: list[Demonstration], encoder: Encoder, max_length: int) -> tuple[list[dict], dict[str, int]]:
+    """Rows as TRL takes them (labels -100 on the prompt), and how many `max_length` tokens cut short or left out."""
+    encoded, counts = [], {"responses were cut short": 0, "prompts were left out": 0}
     for row in rows:
         prompt = encoder.prompt(row.prompt)
         ids = prompt + encoder.response(row.prompt, row.response)
         if len(prompt) >= max_length:
-            cut += 1
-            continue  # nothing of the response would be left to learn
-        cut += len(ids) > max_length
+            counts["prompts were left out"] += 1
+            continue
+        counts["responses were cut short"] += len(ids) > max_length
         labels = [-100] * len(prompt) + ids[len(prompt) :]
         encoded.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
-    return encoded, cut
+    return encoded, counts
