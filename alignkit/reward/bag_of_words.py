@@ -66,6 +66,6 @@ def features(texts: list[str], vocabulary: dict[str, int]) -> Tensor:
         found = sorted({vocabulary[word] for word in words(text) if word in vocabulary})
         rows += [row] * len(found)
         columns += found
-        values += [len(found) ** -0.5] * len(found)
+        values += [max(len(found), 1) ** -0.5] * len(found)
     indices = torch.tensor([rows, columns], dtype=torch.long)
     return torch.sparse_coo_tensor(indices, torch.tensor(values, dtype=torch.float64), (len(texts), len(vocabulary)))

@@ -47,8 +47,7 @@ class ModelSource:
         from alignkit.models.scalar import score_sequences
 
         rollout = answers.rollout
-        scores = torch.empty(len(rollout.tokens), device=rollout.tokens.device)
-        for rows in length_order(rollout.mask).split(microbatch):
-            part = rollout.rows(rows)
-            scores[rows] = score_sequences(self.model, part.tokens, part.mask, mean=self.mean, std=self.std).float()
-        return scores
+        order = length_order(rollout.mask)
+        parts = [rollout.rows(rows) for rows in order.split(microbatch)]
+        scores = [score_sequences(self.model, p.tokens, p.mask, mean=self.mean, std=self.std) for p in parts]
+        return torch.cat(scores)[order.argsort()]

@@ -73,7 +73,7 @@ def open_artifact(path: str) -> Artifact:
         manifest = _manifest(folder)
         lost = ["manifest.json"] if manifest is None else _lost_files(folder, manifest)
         if lost:
-            raise UserError(f"'{path}' is damaged: {lost[0]} is missing or cut off; run the command that makes it again")
+            raise UserError(f"'{path}' is damaged: {lost[0]} is missing or cut off; make it again")
         return Artifact(folder.resolve(), manifest["digest"], manifest["metrics"])
     if folder.resolve().name.endswith(".partial"):
         raise UserError(f"'{path}' is an unfinished stage: run the command that makes it again until it ends")

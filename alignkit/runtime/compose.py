@@ -82,7 +82,8 @@ def _unknown_key(key: str, conf: Path, name: str) -> str:
     group, _, rest = key.partition(".")
     owners = [file.stem for file in sorted((conf / group).glob("*.yaml")) if rest and rest in OmegaConf.load(file)]
     if owners:
-        return f"{key}: unknown key with this choice of {group}; {' and '.join(f'{group}={o}' for o in owners)} know it"
+        belongs = " or ".join(f"{group}={owner}" for owner in owners)
+        return f"{key}: unknown key with this choice of {group}; it belongs to {belongs}"
     keys: list[str] = []
     try:
         with hydra.initialize_config_dir(str(conf), version_base="1.3"):

@@ -5,6 +5,7 @@ tells the cause in one line) and with no rank left behind if the launcher dies.
 """
 
 import ctypes
+import logging
 import signal
 import sys
 
@@ -18,6 +19,7 @@ def die_with_parent(signal_number: int) -> None:
 def main() -> None:
     """Run the group; exit 1 if a rank failed."""
     die_with_parent(signal.SIGTERM)
+    logging.disable(logging.ERROR)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as run

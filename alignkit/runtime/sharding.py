@@ -71,7 +71,8 @@ class Cluster:
         for module in list(model.modules()):
             if type(module).__name__ in units:
                 fully_shard(module, mesh=self.mesh)
-        fully_shard(model, mesh=self.mesh)
+        # The root of a trained model stays whole until its backward; a frozen one has none that would release it.
+        fully_shard(model, mesh=self.mesh, reshard_after_forward=not trainable)
         for module in _fsdp_modules(model):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # without it the factor of 1 is refused by gloo
@@ -89,7 +90,7 @@ class Cluster:
         finally:
             for module in modules:
                 module.reshard()
-                module.set_reshard_after_forward(module is not modules[0], recurse=False)
+                module.set_reshard_after_forward(module is not modules[0] or not model.training, recurse=False)
 
     def deal(self, count: int) -> tuple[Tensor, Tensor]:
         """This rank's row numbers of 0 .. count - 1, and which of them are real: [share] int64, [share] bool.

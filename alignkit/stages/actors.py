@@ -112,28 +112,36 @@ def sample(
 
 def logprobs_of(model: nn.Module, rollout: Rollout, rule: SamplingRule, microbatch: int) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [B, R] of a rollout's responses, 0 on padding, in micro-batches by length."""
-    logprobs = torch.zeros(rollout.response_mask.shape, device=rollout.tokens.device)
-    entropy = torch.zeros_like(logprobs)
-    with torch.no_grad():
-        for rows in length_order(rollout.mask).split(microbatch):
-            part = rollout.rows(rows)
-            width = part.response_mask.shape[1]
-            values = response_logprobs(model, part.tokens, part.mask, width, rule, entropy=True)
-            for target, value in zip((logprobs, entropy), values):
-                target[rows, :width] = torch.where(part.response_mask, value, 0.0).to(target.dtype)
+
+    def forward(part: Rollout) -> tuple[Tensor, Tensor]:
+        return response_logprobs(model, part.tokens, part.mask, part.response_mask.shape[1], rule, entropy=True)
+
+    logprobs, entropy = _by_response_token(rollout, microbatch, forward)
     return logprobs, entropy
 
 
 def values_of(model: nn.Module, rollout: Rollout, microbatch: int) -> Tensor:
     """Values [B, R] of a rollout: the value at each response token is read one token earlier, before it is chosen."""
-    values = torch.zeros(rollout.response_mask.shape, device=rollout.tokens.device)
+
+    def forward(part: Rollout) -> tuple[Tensor]:
+        return (model(part.tokens, part.mask)[:, -part.response_mask.shape[1] - 1 : -1],)
+
+    return _by_response_token(rollout, microbatch, forward)[0]
+
+
+def _by_response_token(rollout: Rollout, microbatch: int, forward) -> list[Tensor]:
+    """`forward` of each micro-batch, put together: [B, R] tensors, 0 on padding, in the dtype that it gives."""
+    joined: list[Tensor] = []
     with torch.no_grad():
         for rows in length_order(rollout.mask).split(microbatch):
             part = rollout.rows(rows)
-            width = part.response_mask.shape[1]
-            value = model(part.tokens, part.mask)[:, -width - 1 : -1]
-            values[rows, :width] = torch.where(part.response_mask, value, 0.0).to(values.dtype)
-    return values
+            outputs = forward(part)
+            joined = joined or [
+                torch.zeros(rollout.response_mask.shape, dtype=x.dtype, device=x.device) for x in outputs
+            ]
+            for target, value in zip(joined, outputs):
+                target[rows, : value.shape[1]] = torch.where(part.response_mask, value, 0.0)
+    return joined
 
 
 def score_all(scorer: ScalarModel, rows: list[list[int]], pad_id: int, batch: int, cluster: Cluster) -> Tensor:
