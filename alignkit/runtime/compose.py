@@ -80,6 +80,8 @@ def explain(error: Exception, conf: Path, name: str) -> str:
 def _unknown_key(key: str, conf: Path, name: str) -> str:
     """`ppo.eopchs: unknown key; did you mean ppo.epochs?`"""
     group, _, rest = key.partition(".")
+    if rest.startswith("trainer"):
+        return f"{key}: passed on to TRL, so it has to be added, not overridden: +{group}.trainer.ARGUMENT=VALUE"
     owners = [file.stem for file in sorted((conf / group).glob("*.yaml")) if rest and rest in OmegaConf.load(file)]
     if owners:
         belongs = " or ".join(f"{group}={owner}" for owner in owners)

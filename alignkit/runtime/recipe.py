@@ -40,6 +40,7 @@ def run_program(name: str, chain: Callable[[Run], None]) -> int:
 def run_job(name: str, chain: Callable[[Run], None], raw: dict) -> int:
     """Check one composed configuration and run the chain; a person's mistake or a failed stage is told in short."""
     try:
+        raw = with_outer_ranks(raw)
         run = Run(name, load(raw), raw)
         chain(run)
     except UserError as error:
@@ -61,6 +62,19 @@ def is_extra_rank() -> bool:
     since the first one starts all ranks itself."""
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     return int(rank) > 0
+
+
+def with_outer_ranks(raw: dict) -> dict:
+    """Started by torchrun or srun with several ranks, this first one starts as many itself, unless launch.processes
+    says otherwise. Raises UserError if they are spread over several machines."""
+    ranks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks)
+    if ("RANK" not in os.environ and "SLURM_PROCID" not in os.environ) or ranks == 1:
+        return raw
+    if here != ranks or int(os.environ.get("SLURM_NNODES", 1)) > 1:
+        raise UserError(f"{ranks} ranks on several machines: alignkit runs on one machine; start it there by itself")
+    launch = raw["launch"]
+    return {**raw, "launch": {**launch, "processes": ranks}} if launch["processes"] == 1 else raw
 
 
 def _report(message: str, code: int) -> int:

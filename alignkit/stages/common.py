@@ -90,9 +90,12 @@ class ProgressCallback(TrainerCallback):
 
 
 def show_example(title: str, encoder: Encoder, prompt: Sequence[int], response: Sequence[int]) -> None:
-    """Print one row as the model sees it, special tokens included, the part that is trained between brackets."""
-    decode = encoder.tokenizer.decode
-    print(f"{title}: {decode(list(prompt))}[[{decode(list(response))}]]".replace("\n", "\\n"))
+    """Print one row as the model sees it, special tokens included, the part that is trained between brackets; of a long
+    one the end of the prompt and the start of the response."""
+    before, trained = (encoder.tokenizer.decode(list(ids)) for ids in (prompt, response))
+    before = before if len(before) <= 200 else "..." + before[-197:]
+    trained = trained if len(trained) <= 300 else trained[:297] + "..."
+    print(f"{title}: {before}[[{trained}]]".replace("\n", "\\n"))
 
 
 def save_model(model, encoder: Encoder, folder: Path) -> None:

@@ -231,8 +231,8 @@ def warn_of_slow_control(config) -> None:
     reach = config.kl.reach(iterations=config.ppo.iterations, episodes=config.ppo.batch)
     if reach < 2:
         print(
-            f"ppo: warning: with kl.horizon={config.kl.horizon} the KL coefficient can change by a factor of "
-            f"{reach:.2f} at most in {config.ppo.iterations} iterations; lower kl.horizon to reach kl.target={config.kl.target}"
+            f"ppo: warning: with kl.horizon={config.kl.horizon} the KL coefficient can change {reach:.2f}-fold "
+            f"at most in {config.ppo.iterations} iterations; lower it to reach kl.target={config.kl.target}"
         )
 
 

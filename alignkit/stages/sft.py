@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from alignkit.data.corpus import Demonstration
 from alignkit.data.tokens import Encoder, training_texts
-from alignkit.errors import UserError
+from alignkit.errors import TrainingError, UserError
 from alignkit.models.loading import make_encoder, start_policy
 from alignkit.observe.trainer_callback import make_callback
 from alignkit.stages.common import ProgressCallback, prepare, save_model, show_example, trainer_arguments, trl_config
@@ -51,7 +51,10 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
         )
 
     arguments = trainer_arguments(job, settings, cluster.world_size, len(train))
-    arguments.update(dataset_kwargs={"skip_prepare_dataset": True}, packing=settings.trainer.get("packing", False))
+    if arguments.get("packing"):
+        arguments["max_length"] = settings.max_length  # of a packed row
+    else:
+        arguments["dataset_kwargs"] = {"skip_prepare_dataset": True}  # the rows are token ids already
     trainer = SFTTrainer(
         model=model,
         args=trl_config(SFTConfig, arguments, "sft"),
@@ -63,6 +66,8 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     loss = trainer.evaluate()["eval_loss"]
+    if not math.isfinite(loss):
+        raise TrainingError(f"the held-out loss is {loss}: lower sft.learning_rate={settings.learning_rate}")
     if cluster.is_main:
         save_model(trainer.accelerator.unwrap_model(trainer.model), encoder, job.out / "model")
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "train_rows": len(train)}

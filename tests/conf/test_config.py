@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ def composed(primary: str, *overrides: str) -> dict:
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
 
 
+@functools.cache
 def checked(primary: str, *overrides: str) -> RunConfig:
     return load(composed(primary, *overrides))
 

@@ -82,12 +82,10 @@ def test_a_word_of_the_command_line_reaches_the_job(cli, jobs):
 
 
 def test_a_sweep_gives_each_job_a_name_that_says_what_it_changes(cli, jobs):
-    assert cli("rlhf", "-m", "kl.target=2.0,4.0", "name=a", "seed=1,2")[0] == 0
+    assert cli("rlhf", "-m", "kl.target=2.0,4.0", "name=a", "seed=1")[0] == 0
     assert [(job["name"], job["kl"]["target"], job["seed"]) for job in jobs] == [
         ("a-0-kl.target=2.0,seed=1", 2.0, 1),
-        ("a-1-kl.target=2.0,seed=2", 2.0, 2),
-        ("a-2-kl.target=4.0,seed=1", 4.0, 1),
-        ("a-3-kl.target=4.0,seed=2", 4.0, 2),
+        ("a-1-kl.target=4.0,seed=1", 4.0, 1),
     ]
 
 

@@ -88,9 +88,14 @@ def test_a_mistake_that_a_rank_finds_is_told_as_a_mistake(make_job, capfd):
 UNLUCKY = """
 from dataclasses import dataclass
 print("hello from rank", os.environ["RANK"], flush=True)
+if os.environ["RANK"] == "0":
+    open("up0", "w").close()
+    time.sleep(600)
 @dataclass
 class X:
     def __post_init__(self):
+        while not os.path.exists("up0"):
+            time.sleep(0.02)
         raise ZeroDivisionError("no such luck")
 """
 
@@ -100,7 +105,7 @@ def test_a_rank_that_raises_is_told_with_its_cause_and_the_place_of_the_log(make
     with pytest.raises(StageFailed) as failed:
         run_stage(job, settings(processes=2), 1)
     first, *tail, last = str(failed.value).splitlines()
-    assert first in (f"sft: rank {rank} failed: ZeroDivisionError: no such luck" for rank in (0, 1))
+    assert first == "sft: rank 1 failed: ZeroDivisionError: no such luck"
     assert failed.value.exit_code == 1
     assert tail[-1] == "ZeroDivisionError: no such luck"
     assert "stub_of_a_rank.py" in "\n".join(tail)

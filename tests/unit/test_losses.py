@@ -124,7 +124,7 @@ def test_the_pairwise_loss_is_exact_for_pairs_that_are_very_wrong():
     chosen = torch.tensor([1.0, -100.0], dtype=torch.float64, requires_grad=True)
     loss = pairwise_loss(chosen, torch.zeros(2, dtype=torch.float64))
     loss.total.backward()
-    assert float(loss.total) == pytest.approx(np.log1p(np.exp(-1.0)) + 100.0, rel=1e-14) and int(loss.count) == 2
+    assert loss.total.item() == pytest.approx(np.log1p(np.exp(-1.0)) + 100.0, rel=1e-14) and int(loss.count) == 2
     np.testing.assert_allclose(chosen.grad.numpy(), [-1 / (1 + np.e), -1.0], rtol=1e-12)
 
 

@@ -19,6 +19,7 @@ from alignkit.models.loading import make_encoder, scorer_from_policy
 from alignkit.models.scalar import ScalarModel
 from alignkit.observe.metrics import Metrics
 from alignkit.reward.model import ModelSource, RewardModel
+from alignkit.reward.source import Answers
 from alignkit.rollout.native import Native
 from alignkit.runtime.sharding import Cluster
 from alignkit.stages import ppo
@@ -239,12 +240,12 @@ def rollout_of(batch: Minibatch):
     return ppo.Rollout(batch.tokens, batch.mask, batch.response_mask, torch.ones(len(batch), dtype=torch.bool))
 
 
-@pytest.mark.xfail(strict=True, reason="logprobs_of, values_of and ModelSource.score round to float32")
 def test_scoring_keeps_the_precision_of_the_model(exact):
     """Otherwise a run in float64 is not exact: the ratio starts at 1 only to 1e-7."""
     rollout = rollout_of(minibatch_of(exact))
     assert logprobs_of(exact.policy, rollout, exact.rule, 8)[0].dtype == torch.float64
     assert values_of(exact.value_model, rollout, 8).dtype == torch.float64
+    assert exact.reward.score(Answers(rollout, [], []), 8).dtype == torch.float64
 
 
 def test_rows_with_nothing_to_learn_change_nothing(exact):

@@ -124,6 +124,7 @@ def test_no_response_ends_before_min_response(sampled, min_response):
     rollout = generate(model, native, prompts)
     assert int(rollout.response_mask.sum(dim=1).min()) >= min_response + 1
     assert not torch.isin(rollout.response[:, :min_response], torch.tensor(STOPS)).any()
+    assert rollout.finished.any() or min_response > 3, "a later token may end it"
     mask = rollout.response_mask
     logprobs, _ = response_logprobs(model, rollout.tokens, rollout.mask, STEPS, rule_of(native))
     assert torch.isfinite(logprobs[mask]).all(), "what was sampled is possible under the rule of training"
