@@ -1,6 +1,7 @@
 """The command `alignkit <recipe> [overrides]`: finds the recipe's file and runs it."""
 
 import ast
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ USAGE = """alignkit {version}: alignment of language models from human preferenc
   alignkit RECIPE --info defaults-tree  print where they come from
   alignkit RECIPE -m KEY=A,B,C          run once for each value
   alignkit RECIPE --config-dir FOLDER   add your own options to its groups
-  eval "$(alignkit RECIPE -sc install=bash)"   tab completion
+  eval "$(alignkit -sc install=bash)"   tab completion
 
 recipes:
 {recipes}
@@ -40,6 +41,10 @@ def main() -> None:
         listed = "\n".join(f"  {name:<{width}}  {_summary(file)}" for name, file in recipes.items())
         print(USAGE.format(version=__version__, recipes=listed))
         return
+    if words[0] == "-sc":
+        words = _completion(words, list(recipes))
+    if not words:
+        return
     name = words[0]
     if name not in recipes:
         print(f"error: no recipe '{name}'; recipes: {', '.join(recipes)} (alignkit --help)", file=sys.stderr)
@@ -48,8 +53,8 @@ def main() -> None:
 
     if is_extra_rank():
         return
-    sys.argv = [f"alignkit {name}", *words[1:]]
-    runpy.run_path(str(recipes[name]), run_name="__main__")
+    sys.argv = ["alignkit" if "-sc" in words else f"alignkit {name}", *words[1:]]
+    runpy.run_path(str(recipes[name]), run_name="alignkit.recipe")["main"]()
 
 
 def find_recipes() -> dict[str, Path]:
@@ -59,6 +64,19 @@ def find_recipes() -> dict[str, Path]:
     order = ["rlhf", "sft", "reward_model", "ppo"]
     files = {file.stem: file for file in folder.glob("*.py") if not file.stem.startswith("_")}
     return {name: files[name] for name in sorted(files, key=lambda n: (order.index(n) if n in order else 99, n))}
+
+
+def _completion(words: list[str], recipes: list[str]) -> list[str]:
+    """What bash asks with the line typed so far: prints the recipes, or gives the words that ask the line's recipe."""
+    line = os.environ.get("COMP_LINE", "")
+    typed = line.split()[1:]
+    if words[1:2] != ["query=bash"]:
+        return [recipes[0], *words]
+    if not typed or (len(typed) == 1 and not line.endswith(" ")):
+        print(" ".join(recipes))
+        return []
+    os.environ["COMP_LINE"] = line.replace(f" {typed[0]}", "", 1)
+    return [typed[0], *words] if typed[0] in recipes else []
 
 
 def _summary(file: Path) -> str:

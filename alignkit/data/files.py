@@ -42,6 +42,8 @@ class Files(RowOptions):
         """SHA-256 over the bytes of all files in order: of one file, what `sha256sum` prints."""
         digest = hashlib.sha256()
         for file in resolve(self.path):
+            if os.path.isfile(file) and os.path.getsize(file) == 0:
+                raise UserError(f"{file}:1: expected at least one row, got an empty file")
             try:
                 with open(file, "rb") as stream:
                     while block := stream.read(1 << 20):

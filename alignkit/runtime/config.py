@@ -7,6 +7,7 @@ same code runs in the launcher and in every rank. Nothing here imports torch.
 
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import json
 import traceback
@@ -201,3 +202,15 @@ def _across(parts: dict[str, Any]) -> list[str]:
 def to_json(raw: dict[str, Any]) -> str:
     """Canonical text of plain settings, the same for equal settings."""
     return json.dumps(raw, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def with_sources(raw: dict[str, Any]) -> dict[str, Any]:
+    """The settings, and beside each strategy from outside alignkit the digest of its file: when the user's code
+    changes, so does what it makes."""
+    result = dict(raw)
+    for name in STRATEGIES:
+        module = raw[name]["_target_"].rpartition(".")[0]
+        if module.split(".")[0] != "alignkit":
+            code = Path(importlib.import_module(module).__file__).read_bytes()
+            result[name] = {**raw[name], "_code_": hashlib.sha256(code).hexdigest()}
+    return result

@@ -6,19 +6,24 @@ tells the cause in one line) and with no rank left behind if the launcher dies.
 
 import ctypes
 import logging
+import os
 import signal
 import sys
 
 
 def die_with_parent(signal_number: int) -> None:
-    """Ask the kernel to signal this process when its parent ends, however that ends (Linux; elsewhere a no-op)."""
+    """Ask the kernel to signal this process when its parent ends, however that ends (Linux; elsewhere a no-op). The
+    parent may have ended before this could be asked: it left its number in ALIGNKIT_PARENT."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal_number)  # PR_SET_PDEATHSIG
+        if os.environ.get("ALIGNKIT_PARENT", str(os.getppid())) != str(os.getppid()):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main() -> None:
     """Run the group; exit 1 if a rank failed."""
     die_with_parent(signal.SIGTERM)
+    os.environ["ALIGNKIT_PARENT"] = str(os.getpid())  # for the ranks
     logging.disable(logging.ERROR)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -84,6 +84,7 @@ def worker_environment(launch: LaunchSettings, num_parameters: int | None) -> di
         TOKENIZERS_PARALLELISM="false",
         LOGLEVEL="CRITICAL",  # of torch.distributed.run, whose report on a failed rank is replaced by ours
         PYTHONUNBUFFERED="1",
+        ALIGNKIT_PARENT=str(os.getpid()),
         ALIGNKIT_TERMINAL="1" if sys.stderr.isatty() else "0",
     )
     if threads > 1:

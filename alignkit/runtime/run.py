@@ -14,7 +14,7 @@ from alignkit.errors import UserError
 from alignkit.observe.wandb_sink import decide_mode
 from alignkit.runtime.artifact import Artifact, Store, link, open_artifact, stage_digest, write_json
 from alignkit.runtime.compose import as_yaml
-from alignkit.runtime.config import RunConfig
+from alignkit.runtime.config import RunConfig, with_sources
 from alignkit.runtime.launch import run_stage
 
 
@@ -23,6 +23,7 @@ class Run:
 
     def __init__(self, recipe: str, config: RunConfig, raw: dict[str, Any]) -> None:
         self.recipe, self.config, self.raw = recipe, config, raw
+        self.identity = with_sources(raw)
         self.data_digest = config.data.fingerprint()  # reads the data's bytes: a missing file is told before anything
         self.name = config.name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         runs = Path(config.runs_dir).absolute()
@@ -32,15 +33,21 @@ class Run:
         self.made: list[str] = []  # stages that this run made itself, in order
         self.summary: dict[str, Any] = {}
         self.started = time.time()
+        self._lock, self._note = None, note
+
+    def _open(self) -> None:
+        """Make the run's folder, once a stage is to be run: until then a mistake leaves nothing behind."""
         self._lock = self._claim()
-        (self.folder / "config.yaml").write_text(f"# alignkit {recipe}\n{as_yaml(raw)}", encoding="utf-8")
-        _say(f"run {self.name} ({recipe}) in {self._shown(self.folder)}")
-        if note:
-            _say(note)
+        (self.folder / "config.yaml").write_text(f"# alignkit {self.recipe}\n{as_yaml(self.raw)}", encoding="utf-8")
+        _say(f"run {self.name} ({self.recipe}) in {self._shown(self.folder)}")
+        if self._note:
+            _say(self._note)
 
     def stage(self, name: str, **inputs: Artifact) -> Artifact:
         """The product of a stage: reused if the store has it, else made now. Raises StageFailed with the cause."""
-        digest = stage_digest(name, self.raw, self.data_digest, {key: item.digest for key, item in inputs.items()})
+        if self._lock is None:
+            self._open()
+        digest = stage_digest(name, self.identity, self.data_digest, {key: item.digest for key, item in inputs.items()})
         with self.store.locked(name, digest):
             product = None if self.config.force else self.store.find(name, digest)
             if product:

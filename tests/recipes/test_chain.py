@@ -16,7 +16,14 @@ SMALL = [
 ]
 SUMMARY = {
     *("sft/eval_loss", "reward_model/eval_accuracy", "ppo/kl", "ppo/kl_target", "ppo/score_mean", "ppo/gold_mean"),
-    *("evaluate/win_rate", "evaluate/distinct_2", "seconds/sft", "seconds/reward_model", "seconds/ppo", "seconds/total"),
+    *(
+        "evaluate/win_rate",
+        "evaluate/distinct_2",
+        "seconds/sft",
+        "seconds/reward_model",
+        "seconds/ppo",
+        "seconds/total",
+    ),
 }
 PPO_METRICS = {
     *("kl", "kl_coef", "score_mean", "score_std", "gold_mean", "entropy", "approx_kl", "clip_fraction", "ptx_loss"),

@@ -236,6 +236,24 @@ def test_a_padded_rectangle_that_is_not_trimmed_gives_the_same_log_probabilities
         )
 
 
+def test_scoring_equals_each_row_alone_with_the_value_read_before_its_token(exact):
+    batch, (policy, value) = minibatch_of(exact), exact.plain
+    logprobs, entropy = logprobs_of(exact.policy, rollout_of(batch), exact.rule, 3)
+    values = values_of(exact.value_model, rollout_of(batch), 3)
+    with torch.no_grad():
+        scores = exact.reward.score(Answers(rollout_of(batch), [], []), 3)
+        for row in range(ROWS):
+            ids, length = batch.tokens[row][batch.mask[row]], int(batch.response_mask[row].sum())
+            logp = (policy(input_ids=ids[None]).logits[0, -length - 1 : -1] / 0.9).log_softmax(-1)
+            hidden = value.classifier.base_model(input_ids=ids[None]).last_hidden_state
+            scalars = value.classifier.score(hidden)[0, :, 0] + value.bias
+            picked = logp.gather(1, ids[-length:, None])[:, 0]
+            torch.testing.assert_close(logprobs[row, :length], picked, rtol=0, atol=1e-11)
+            torch.testing.assert_close(entropy[row, :length], -(logp.exp() * logp).sum(-1), rtol=0, atol=1e-11)
+            torch.testing.assert_close(values[row, :length], scalars[-length - 1 : -1], rtol=0, atol=1e-11)
+            torch.testing.assert_close(scores[row], scalars[-1], rtol=0, atol=1e-11)  # in normalised units, as values
+
+
 def rollout_of(batch: Minibatch):
     return ppo.Rollout(batch.tokens, batch.mask, batch.response_mask, torch.ones(len(batch), dtype=torch.bool))
 
@@ -356,6 +374,9 @@ def test_the_policy_that_moved_differs_from_the_reference(make_actors, tmp_path)
     first, _ = iterate(actors, config_of(ptx=0.1), tmp_path, number=0)
     second, _ = iterate(actors, config_of(ptx=0.1), tmp_path, number=1)
     assert first["kl"] == 0.0 and second["kl"] != 0.0 and second["ratio_error"] <= 1e-4
+    expected = second["score_mean"] - (1 - second["eos_fraction"]) - 0.1 * second["kl"]
+    assert second["reward_mean"] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert abs(0.1 * second["kl"]) > 1e-3, "a KL that pays no penalty to speak of would prove nothing"
     after = [actors.cluster.full_state(model) for model in (actors.policy, actors.value_model, actors.reference)]
     moved = [any(not old[name].equal(new[name]) for name in old) for old, new in zip(before, after)]
     assert moved == [True, True, False]
