@@ -69,7 +69,7 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None
 
     Source: Stiennon et al. 2020, arXiv:2009.01325, section 3.4; margin as in Touvron et al. 2023, arXiv:2307.09288.
     """
-    same_shape(chosen=chosen, rejected=rejected)
+    same_shape(chosen=chosen, rejected=rejected, margin=chosen if margin is None else margin)
     difference = chosen - rejected if margin is None else chosen - rejected - margin
     total = -torch.nn.functional.logsigmoid(difference).sum()
     return Summed(total, torch.tensor(chosen.numel(), device=chosen.device))

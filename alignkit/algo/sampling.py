@@ -47,7 +47,7 @@ def uniform_noise(seed: int, iteration: int, index: Tensor, num_positions: int) 
     state = _mix(state ^ _mix(index + 0xA3))
     positions = torch.arange(num_positions, dtype=torch.long, device=index.device)
     bits = _mix(state[:, None] ^ _mix(positions + 0xE7)[None, :])
-    return (_shift(bits, 11).double() + 0.5) * 2.0**-53
+    return (_shift(bits, 12).double() + 0.5) * 2.0**-52  # 53 bits would round up to 1
 
 
 def draw(logits: Tensor, noise: Tensor) -> Tensor:

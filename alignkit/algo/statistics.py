@@ -28,8 +28,10 @@ def contrast_accuracy(positive: Tensor, negative: Tensor) -> tuple[float, float,
     order = torch.where(difference > 0, 1.0, torch.where(difference == 0, 0.5, 0.0)).double()
     share = float(order.mean())
     by_positive, by_negative = order.mean(dim=1), order.mean(dim=0)
+    if min(len(positive), len(negative)) < 2:
+        return share, 0.0, 1.0
     variance = float(by_positive.var() / len(by_positive) + by_negative.var() / len(by_negative))
-    half = Z95 * math.sqrt(variance) if math.isfinite(variance) else 1.0
+    half = Z95 * math.sqrt(variance)
     return share, max(0.0, share - half), min(1.0, share + half)
 
 

@@ -114,11 +114,12 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     for name, value in vars(model.config).items():
-        if "dropout" in name or name.endswith("_pdrop"):
+        if "drop" in name:
             setattr(model.config, name, 0.0 if isinstance(value, float) else value)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+    for module in model.modules():  # some families read it from a float of their own
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def model_folder(path: str | Path) -> Path:

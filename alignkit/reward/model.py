@@ -50,4 +50,5 @@ class ModelSource:
         order = length_order(rollout.mask)
         parts = [rollout.rows(rows) for rows in order.split(microbatch)]
         scores = [score_sequences(self.model, p.tokens, p.mask, mean=self.mean, std=self.std) for p in parts]
-        return torch.cat(scores)[order.argsort()]
+        joined = torch.cat(scores)[order.argsort()]
+        return joined.to(torch.promote_types(joined.dtype, torch.float32))

@@ -25,6 +25,6 @@ class RewardSource(Protocol):
     """Scores whole responses; higher is better."""
 
     def score(self, answers: Answers, microbatch: int) -> Tensor:
-        """One score a response, [B] float32 on the rollout's device. Called on every rank with its own rows, under
-        no_grad, equally many rows on each."""
+        """One score a response, [B] in float32 or better, on the rollout's device. Called on every rank with its own
+        rows, under no_grad, equally many rows on each."""
         ...

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 @settings
 class Native:
-    """temperature: divides the logits, in sampling and in every log-probability; min_response, max_response: tokens,
-    stop token included; batch: sequences decoded at once on a rank (memory only, never the result)."""
+    """temperature: divides the logits, in sampling and in every log-probability; min_response: tokens before a
+    response may stop; max_response: tokens, stop token included; batch: sequences decoded at once on a rank (memory
+    only, never the result)."""
 
     temperature: Positive
     min_response: CountOrZero

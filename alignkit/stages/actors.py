@@ -130,12 +130,12 @@ def values_of(model: nn.Module, rollout: Rollout, microbatch: int) -> Tensor:
 
 
 def _by_response_token(rollout: Rollout, microbatch: int, forward) -> list[Tensor]:
-    """`forward` of each micro-batch, put together: [B, R] tensors, 0 on padding, in the dtype that it gives."""
+    """`forward` of each micro-batch, put together: [B, R] tensors, 0 on padding, in float32 or better."""
     joined: list[Tensor] = []
     with torch.no_grad():
         for rows in length_order(rollout.mask).split(microbatch):
             part = rollout.rows(rows)
-            outputs = forward(part)
+            outputs = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in forward(part)]
             joined = joined or [
                 torch.zeros(rollout.response_mask.shape, dtype=x.dtype, device=x.device) for x in outputs
             ]

@@ -18,6 +18,7 @@ from torch import Tensor
 from alignkit.algo.masked import moments
 from alignkit.algo.types import Advantages, Minibatch, Rollout, ScoredRollout, ShapedReward
 from alignkit.data.tokens import show
+from alignkit.observe.tracking import without_nonfinite
 
 if TYPE_CHECKING:
     from alignkit.stages.actors import Actors
@@ -117,7 +118,7 @@ def save_evidence(out: Path, iteration: int, batch: Minibatch, scored: ScoredRol
     save_file(
         {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / "batch.safetensors"
     )
-    lines = [json.dumps(row, ensure_ascii=False) for row in samples]
+    lines = [json.dumps(without_nonfinite(row), ensure_ascii=False) for row in samples]
     (folder / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 

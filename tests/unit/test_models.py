@@ -210,17 +210,7 @@ def test_a_saved_policy_loads_plainly_with_tied_embeddings_intact(folder, policy
     assert again.get_vocab() == tiny_tokenizer.get_vocab() and again.chat_template == tiny_tokenizer.chat_template
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [
-        pytest.param(
-            name, marks=pytest.mark.xfail(strict=True, reason="OPT keeps its dropout in floats called `dropout`")
-        )
-        if name == "opt"
-        else name
-        for name in ARCHITECTURES
-    ],
-)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_mode_computes_what_evaluation_mode_computes(architecture, tiny_policy):
     """Otherwise the ratio of new to old policy does not start at 1."""
     changes = DROPOUT.get(architecture, {"attention_dropout": 0.5})

@@ -97,7 +97,6 @@ def test_the_smallest_number_is_above_0():
     assert float(uniform_noise(0, 0, index_of_extreme(0), 1)) > 0
 
 
-@pytest.mark.xfail(strict=True, reason="2**53 - 0.5 is not a float64: the largest number rounds up to 1.0")
 def test_the_largest_number_is_below_1():
     assert float(uniform_noise(0, 0, index_of_extreme(WORD), 1)) < 1
 
