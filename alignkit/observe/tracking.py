@@ -11,10 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from alignkit.observe.wandb_sink import WandbSink
+from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +24,25 @@ STEP_KEYS = {
 """The x-axis of each stage: optimizer steps, or how many episodes or prompts the stage has seen."""
 
 
+class Sink(Protocol):
+    """Where reports go beside the files (`wandb_sink.WandbSink`). A call that raises ends its use, not the training."""
+
+    def log(self, row: Mapping[str, Any]) -> None: ...
+
+    def samples(self, rows: list[dict[str, Any]], step: int) -> None: ...
+
+    def summarise(self, figures: Mapping[str, float | str]) -> None: ...
+
+    def finish(self, exit_code: int) -> None: ...
+
+
 class Tracker:
     """A stage's reporting. Names come without the stage ("kl") and are written with it ("ppo/kl").
 
     Every rank holds one and calls it alike; only the main process writes.
     """
 
-    def __init__(self, folder: Path, stage: str, is_main: bool, sink: "WandbSink | None" = None) -> None:
+    def __init__(self, folder: Path, stage: str, is_main: bool, sink: Sink | None = None) -> None:
         self.stage = stage
         self.step_key = STEP_KEYS[stage]
         self.is_main = is_main
@@ -86,7 +95,7 @@ class Tracker:
             for name, value in values.items()
         }
 
-    def _to_sink(self, call: Callable[["WandbSink"], None]) -> None:
+    def _to_sink(self, call: Callable[[Sink], None]) -> None:
         """A sink that fails once is not asked again: training goes on, and the files hold everything."""
         if self._sink is None:
             return

@@ -1,0 +1,114 @@
+"""What the stages do around TRL: rows as token ids, nothing dropped in silence, accuracy over all held-out pairs."""
+
+import pytest
+import torch
+
+from alignkit.data.corpus import Demonstration, Pair, Split
+from alignkit.errors import UserError
+from alignkit.models.loading import make_encoder
+from alignkit.observe.closing import table
+from alignkit.observe.progress import Progress, duration
+from alignkit.runtime.recipe import with_outer_ranks
+from alignkit.stages import reward_model, sft
+
+TURN = [{"role": "user", "content": "why?"}]
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_tokenizer):
+    return make_encoder(tiny_tokenizer, None)
+
+
+def test_sft_learns_the_response_and_its_end_but_not_the_prompt(encoder):
+    (row,), _ = sft.encode([Demonstration(TURN, "a lamp")], encoder, 100)
+    prompt = encoder.prompt(TURN)
+    assert row["labels"][: len(prompt)] == [-100] * len(prompt)
+    assert row["labels"][len(prompt) :] == row["input_ids"][len(prompt) :]
+    assert row["input_ids"][-1] == encoder.end_id
+
+
+def test_sft_counts_what_it_cuts_and_what_it_leaves_out(encoder):
+    rows = [Demonstration(TURN, "a lamp"), Demonstration(TURN, "a lamp " * 30), Demonstration("why " * 60, "a lamp")]
+    encoded, counts = sft.encode(rows, encoder, 40)
+    assert [len(row["input_ids"]) for row in encoded][1] == 40 and len(encoded) == 2
+    assert counts == {"responses were cut short": 1, "prompts were left out": 1}
+
+
+def test_pairs_that_are_too_long_or_equal_are_counted(encoder):
+    pairs = [Pair(TURN, "a lamp", "a stone"), Pair(TURN, "a lamp", "x " * 90), Pair(TURN, "a lamp", "a lamp")]
+    rows, dropped = reward_model.encode(pairs, encoder, 60)
+    assert len(rows) == 1 and dropped == {"too long": 1, "the same tokens": 1}
+    assert rows[0].keys() == {"chosen_ids", "rejected_ids"}
+
+
+def test_margins_reach_trl_if_any_pair_has_one(encoder):
+    pairs = [Pair(TURN, "a lamp", "a stone", margin=0.5), Pair(TURN, "a stone", "a storm")]
+    rows, _ = reward_model.encode(pairs, encoder, 60)
+    assert [row["margin"] for row in rows] == [0.5, 0.0]
+
+
+def test_accuracy_is_over_the_whole_held_out_set_with_its_interval(encoder):
+    words = ["lamp", "stone", "storm", "street"]
+    pairs = [Pair(TURN, chosen, rejected) for chosen in words for rejected in words if chosen != rejected]
+
+    def length(rows):  # a scorer that prefers more tokens
+        return torch.tensor([float(len(row)) for row in rows])
+
+    metrics = reward_model.heldout_accuracy(Split([], pairs, []), encoder, 60, length)
+    assert metrics["eval_accuracy"] == 0.5  # each pair is there both ways round
+    assert metrics["eval_pairs"] == 12
+    assert metrics["eval_accuracy_low"] == pytest.approx(0.25378, abs=1e-5)  # Wilson, 6 of 12
+
+
+def test_labelled_texts_are_compared_each_with_each(encoder):
+    split = Split([], [Pair("", "storm", "a")], [], contrast=(["a lamp in a street", "storm"], ["a", "lamp in"]))
+
+    def length(rows):
+        return torch.tensor([float(len(row)) for row in rows])
+
+    metrics = reward_model.heldout_accuracy(split, encoder, 60, length)
+    texts = [[len(encoder.response("", text)) for text in side] for side in split.contrast]
+    expected = sum((p > n) + 0.5 * (p == n) for p in texts[0] for n in texts[1]) / 4
+    assert metrics["eval_accuracy"] == expected and metrics["eval_pairs"] == 4
+
+
+def test_no_held_out_pair_left_is_an_error(encoder):
+    with pytest.raises(UserError, match="no held-out preference pairs are left"):
+        reward_model.heldout_accuracy(Split([], [], []), encoder, 60, None)
+
+
+def test_table_shows_what_the_run_has():
+    lines = table(
+        {"ppo/kl": 5.987, "evaluate/win_rate": 0.8, "evaluate/win_rate_low": 0.7, "evaluate/win_rate_high": 0.9}
+    )
+    assert len(lines) == 2
+    assert lines[0].endswith("5.99") and lines[1].endswith("0.800  (95% 0.700 to 0.900)")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5.4, "5 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")]
+)
+def test_durations_are_readable(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_progress_says_how_far_and_how_long_is_left(monkeypatch, capsys):
+    monkeypatch.setenv("ALIGNKIT_TERMINAL", "0")
+    progress = Progress("ppo", 4, active=True)
+    progress.began -= 30.0
+    progress.shown -= 30.0
+    progress.update(3, "KL 1.00")
+    progress.update(3)  # too soon for another line
+    assert capsys.readouterr().out == "ppo 3/4  KL 1.00  10 s left\n"
+
+
+def test_ranks_of_a_job_around_the_launcher_are_taken_over(monkeypatch):
+    raw = {"launch": {"processes": 1}}
+    assert with_outer_ranks(raw) == raw
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert with_outer_ranks(raw)["launch"]["processes"] == 2
+    assert with_outer_ranks({"launch": {"processes": 3}})["launch"]["processes"] == 3
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="several machines"):
+        with_outer_ranks(raw)
