@@ -10,11 +10,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from alignkit.data.tokens import Encoder
 from alignkit.errors import UserError
 from alignkit.models.settings import ModelSettings
-from alignkit.models.tokenizer import end_of_turn, ensure_pad, find_stop_ids, learn_tokenizer, load_tokenizer
+from alignkit.models.tokenizer import (
+    PLAIN_TEMPLATE,
+    end_of_turn,
+    ensure_pad,
+    find_stop_ids,
+    learn_tokenizer,
+    load_tokenizer,
+)
 
 
 def start_policy(spec: ModelSettings, texts) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The model that SFT starts from, with its tokenizer: PAD apart from EOS, embeddings resized once, here."""
+    """The model that SFT starts from, with its tokenizer: PAD apart from EOS, embeddings resized once, here; a model
+    that knows no chat gets a plain template, which SFT then teaches it."""
     if spec.path is None:
         tokenizer = learn_tokenizer(texts(), spec.vocab_size)
         model = build_model(spec, tokenizer)
@@ -22,6 +30,7 @@ def start_policy(spec: ModelSettings, texts) -> tuple[nn.Module, PreTrainedToken
         tokenizer = load_tokenizer(spec.path, spec.revision, spec.trust_remote_code)
         model = load_causal(spec.path, spec.revision, spec.trust_remote_code)
         ensure_pad(tokenizer)
+        tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
     tokenizer.padding_side = "left"

@@ -14,6 +14,12 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+PLAIN_TEMPLATE = (  # for pretrained models that come without one: plain words, EOS after each of the assistant's turns
+    "{% set names = {'system': 'System', 'user': 'Human', 'assistant': 'Assistant'} %}{% for message in messages %}"
+    "{{ ('' if loop.first else '\\n\\n') + names[message['role']] + ': ' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+)
 
 
 def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:

@@ -13,6 +13,7 @@ from alignkit.data.corpus import Demonstration
 from alignkit.data.tokens import Encoder, training_texts
 from alignkit.errors import TrainingError, UserError
 from alignkit.models.loading import make_encoder, start_policy
+from alignkit.models.tokenizer import PLAIN_TEMPLATE
 from alignkit.observe.trainer_callback import make_callback
 from alignkit.stages.common import ProgressCallback, prepare, save_model, show_example, trainer_arguments, trl_config
 
@@ -42,6 +43,8 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
     if cluster.is_main:
         parameters = sum(p.numel() for p in model.parameters())
         print(f"sft: {parameters / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}, {len(train)} demonstrations")
+        if tokenizer.chat_template == PLAIN_TEMPLATE:
+            print("sft: the model has no chat template; chats become plain `Human: ... Assistant: ...` turns")
         for what, count in counts.items():
             if count:
                 print(f"sft: {count} {what}: longer than sft.max_length={settings.max_length} tokens")
