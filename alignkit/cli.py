@@ -49,10 +49,6 @@ def main() -> None:
     if name not in recipes:
         print(f"error: no recipe '{name}'; recipes: {', '.join(recipes)} (alignkit --help)", file=sys.stderr)
         sys.exit(2)
-    from alignkit.runtime.recipe import is_extra_rank
-
-    if is_extra_rank():
-        return
     sys.argv = ["alignkit" if "-sc" in words else f"alignkit {name}", *words[1:]]
     runpy.run_path(str(recipes[name]), run_name="alignkit.recipe")["main"]()
 
@@ -60,7 +56,7 @@ def main() -> None:
 def find_recipes() -> dict[str, Path]:
     """Name -> file of the shipped recipes, the whole chain first."""
     package = Path(__file__).resolve().parent
-    folder = next(f for f in (package.parent / "recipes", package / "recipes") if (f / "rlhf.py").is_file())
+    folder = next(f for f in (package / "recipes", package.parent / "recipes") if (f / "rlhf.py").is_file())
     order = ["rlhf", "sft", "reward_model", "ppo"]
     files = {file.stem: file for file in folder.glob("*.py") if not file.stem.startswith("_")}
     return {name: files[name] for name in sorted(files, key=lambda n: (order.index(n) if n in order else 99, n))}

@@ -14,10 +14,6 @@ class FixedKL:
 
     target = None
 
-    def reach(self, *, iterations: int, episodes: int) -> float:
-        """By which factor the coefficient can change in a whole run: not at all."""
-        return 1.0
-
     def next(self, coef: float, *, observed: float, episodes: int) -> float:
         """The same coefficient again."""
         return coef

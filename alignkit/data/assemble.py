@@ -59,6 +59,13 @@ def corpus_from_rows(rows: Iterable[RawRow], options: RowOptions, seed: int) -> 
     return replace(corpus, notes=[*table.notes(), *corpus.notes, *sizes])
 
 
+def demonstrations_from_rows(rows: Iterable[RawRow]) -> list[Demonstration]:
+    """All rows as demonstrations, of pairs the chosen response; a bad row stops, and nothing is held out."""
+    table = collect(rows, RowOptions(0.5, 0.0, "stop", False, [1, 1], 1, None))
+    found = [r if isinstance(r, Demonstration) else Demonstration(r.prompt, r.chosen) for r in table.rows]
+    return [*found, *as_demonstrations(list(table.labels))]
+
+
 # --------------------------------------------------------------------------------------------------------- collecting
 
 
@@ -141,10 +148,13 @@ def prompted_corpus(table: Table, options: RowOptions) -> Corpus:
     pairs = [row for row in table.rows if isinstance(row, Pair)]
     demonstrations = [row for row in table.rows if isinstance(row, Demonstration)]
     notes = []
+    bare = sum(not row.prompt for row in table.rows)
+    if bare and bare < len(table.rows):
+        notes.append(f"{bare:,} rows without a prompt give none to PPO")
     if not demonstrations:
         chosen = {json.dumps([pair.prompt, pair.chosen]): Demonstration(pair.prompt, pair.chosen) for pair in pairs}
         demonstrations = list(chosen.values())
-        notes = ["demonstrations: the chosen responses of the pairs, because no row is a demonstration"]
+        notes += ["demonstrations: the chosen responses of the pairs, because no row is a demonstration"]
     train, heldout = (
         Split(
             [row for row in demonstrations if is_held_out(row, options) == held_out],

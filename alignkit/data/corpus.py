@@ -60,6 +60,9 @@ class Corpus:
 
 def split_fraction(prompt: Prompt) -> float:
     """A number in [0, 1) that depends on the prompt alone: rows below `heldout` are held out, whatever file,
-    order or stage they come from. (First 8 bytes of SHA-256 over the text or the canonical JSON of the turns.)"""
+    order or stage they come from. (First 8 bytes of SHA-256 over the text or the canonical JSON of the turns; a single
+    user turn counts as its text, so that a prompt falls on one side however it is written.)"""
+    if isinstance(prompt, list) and len(prompt) == 1 and prompt[0]["role"] == "user":
+        prompt = prompt[0]["content"]
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") / 2**64

@@ -13,8 +13,8 @@ import re
 import zlib
 from collections.abc import Iterator
 
-from alignkit.data.assemble import RawRow, RowOptions, corpus_from_rows
-from alignkit.data.corpus import Corpus
+from alignkit.data.assemble import RawRow, RowOptions, corpus_from_rows, demonstrations_from_rows
+from alignkit.data.corpus import Corpus, Demonstration
 from alignkit.errors import UserError
 from alignkit.schema import settings
 
@@ -40,23 +40,33 @@ class Files(RowOptions):
 
     def fingerprint(self) -> str:
         """SHA-256 over the bytes of all files in order: of one file, what `sha256sum` prints."""
-        digest = hashlib.sha256()
-        for file in resolve(self.path):
-            if os.path.isfile(file) and os.path.getsize(file) == 0:
-                raise UserError(f"{file}:1: expected at least one row, got an empty file")
-            try:
-                with open(file, "rb") as stream:
-                    while block := stream.read(1 << 20):
-                        digest.update(block)
-            except OSError as error:
-                raise UserError(f"{file}: expected a readable file, got {cause(error)}") from None
-        return digest.hexdigest()
+        return files_digest(self.path, "data.path")
 
 
-def resolve(path: str | list[str] | None) -> list[str]:
+def files_digest(path: str | list[str] | None, key: str) -> str:
+    """SHA-256 over the bytes of all files that the setting `key` names. Raises UserError where one cannot be read."""
+    digest = hashlib.sha256()
+    for file in resolve(path, key):
+        if os.path.isfile(file) and os.path.getsize(file) == 0:
+            raise UserError(f"{file}:1: expected at least one row, got an empty file")
+        try:
+            with open(file, "rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(f"{file}: expected a readable file, got {cause(error)}") from None
+    return digest.hexdigest()
+
+
+def read_demonstrations(path: str | list[str], key: str) -> list[Demonstration]:
+    """Every row of the files as something to imitate: texts, responses, chosen responses (for `ptx`)."""
+    return demonstrations_from_rows(row for file in resolve(path, key) for row in read_rows(file))
+
+
+def resolve(path: str | list[str] | None, key: str = "data.path") -> list[str]:
     """The files that `path` names, each once; those of a glob in alphabetical order."""
     if not path:
-        raise UserError(f"data.path=FILE is required: {READABLE}; a glob or a list [a.jsonl,b.jsonl] works too")
+        raise UserError(f"{key}=FILE is required: {READABLE}; a glob or a list [a.jsonl,b.jsonl] works too")
     files: dict[str, None] = {}
     for pattern in [path] if isinstance(path, str) else path:
         expanded = os.path.expanduser(pattern)

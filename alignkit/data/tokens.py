@@ -4,6 +4,7 @@ see the same tokens for the same row."""
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.corpus import Pair, Prompt
@@ -22,7 +23,7 @@ class Encoder:
     def prompt(self, prompt: Prompt) -> list[int]:
         """Ids of a prompt: raw text with the tokenizer's own BOS, or chat turns up to the assistant's turn."""
         if isinstance(prompt, str):
-            ids = self.tokenizer(prompt)["input_ids"] if prompt else []
+            ids = self.tokenizer(prompt)["input_ids"]
             return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
         return self._ids(self._render(prompt, add_generation_prompt=True))
 
@@ -55,7 +56,13 @@ class Encoder:
                 "the data holds chat messages but the tokenizer has no chat template: "
                 "use a chat model, or set `chat_template` in its tokenizer_config.json"
             )
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise UserError(f"the model's chat template refuses turns of {roles}: {error}") from error
 
 
 def training_texts(prompts: Iterable[Prompt], responses: Iterable[str]) -> Iterable[str]:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
@@ -15,6 +16,7 @@ from alignkit.models.tokenizer import (
     end_of_turn,
     ensure_pad,
     find_stop_ids,
+    first_line,
     learn_tokenizer,
     load_tokenizer,
 )
@@ -146,6 +148,12 @@ def read_manifest(path: str | Path) -> dict:
 def _load(factory, path: str | Path, **options) -> nn.Module:
     try:
         return factory.from_pretrained(str(path), dtype=torch.float32, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"no model could be loaded from '{path}': {reason}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"no model could be loaded from '{path}': {first_line(error)}") from error
+
+
+def require_context(model: nn.Module, tokens: int, settings: str) -> None:
+    """Raise UserError if the model has fewer positions than `tokens`, which `settings` (names with values) ask for."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise UserError(f"{settings} need {tokens} tokens, but the model has {positions} positions: lower them")

@@ -1,10 +1,15 @@
 """A backbone with one number at every position: the reward model and the value model."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from alignkit.algo.sequence import last_token_index, position_ids
-from alignkit.models.loading import scalar_head
+from alignkit.data.tokens import Encoder
+from alignkit.errors import UserError
+from alignkit.models.loading import disable_dropout, load_encoder, load_scorer, scalar_head
+from alignkit.models.tokenizer import same_tokens
 
 
 class ScalarModel(nn.Module):
@@ -38,6 +43,19 @@ class ScalarModel(nn.Module):
             if head.bias is not None:
                 head.bias.div_(std)
             self.bias.sub_(mean).div_(std)
+
+
+def load_scalar(folder: Path, encoder: Encoder) -> ScalarModel:
+    """The reward model in `folder`, dropout off. Raises UserError unless it has the tokens of `encoder`."""
+    other = load_encoder(folder)
+    if not same_tokens(other.tokenizer, encoder.tokenizer):
+        raise UserError(
+            f"the tokenizers of policy ({len(encoder.tokenizer)} tokens) and reward model ({len(other.tokenizer)} "
+            "tokens) differ: ids cannot pass from one to the other; train the reward model from the same SFT model"
+        )
+    classifier = load_scorer(folder)
+    disable_dropout(classifier)
+    return ScalarModel(classifier)
 
 
 def score_sequences(model: ScalarModel, tokens: Tensor, mask: Tensor, *, mean: float = 0.0, std: float = 1.0) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from alignkit.errors import UserError
@@ -49,9 +50,12 @@ def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def load_tokenizer(path: str | Path, revision: str | None = None, trust_remote_code: bool = False):
     """The tokenizer of a model folder or Hub id. Raises UserError with the reason if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no tokenizer could be loaded from '{path}': {_first_line(error)}") from error
+        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"no tokenizer could be loaded from '{path}': {first_line(error)}") from error
+    if not tokenizer("a b", add_special_tokens=False)["input_ids"]:  # where there are no files, an empty one is made up
+        raise UserError(f"'{path}' holds no tokenizer: expected tokenizer.json or tokenizer.model beside the weights")
+    return tokenizer
 
 
 def ensure_pad(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -83,7 +87,12 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if not tokenizer.chat_template:
         return None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "qzqz"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError:
+        return None  # a template of its own rules; EOS ends the response then
+    if "qzqz" not in text:
+        return None
     tail = tokenizer(text[text.rindex("qzqz") + 4 :], add_special_tokens=False)["input_ids"]
     return next(
         (token for token in tail[:2] if token in tokenizer.all_special_ids or _is_added(tokenizer, token)), None
@@ -99,5 +108,6 @@ def _is_added(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
     return token in tokenizer.added_tokens_decoder
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

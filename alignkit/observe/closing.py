@@ -9,6 +9,7 @@ from alignkit.observe.progress import duration
 ROWS = (
     ("SFT", "held-out loss (nats a token)", "sft/eval_loss", "{:.3f}"),
     ("reward model", "held-out accuracy", "reward_model/eval_accuracy", "{:.3f}"),
+    ("reward model", "a bag of words reaches", "reward_model/eval_accuracy_bag_of_words", "{:.3f}"),
     ("PPO", "score, first iteration", "ppo/score_first", "{:.2f}"),
     ("PPO", "score, last fifth", "ppo/score_mean", "{:.2f}"),
     ("PPO", "gold score, last fifth", "ppo/gold_mean", "{:.2f}"),
@@ -23,17 +24,17 @@ ROWS = (
 INTERVALS = {"reward_model/eval_accuracy", "evaluate/win_rate"}
 
 
-def closing_words(summary: dict, folder: Path) -> str:
-    """Plain text for the terminal."""
+def closing_words(summary: dict, folder: Path, stages: list[str]) -> str:
+    """Plain text for the terminal; `stages`: those of this run, in order."""
     lines = ["", *table(summary)]
     comparison = folder / "evaluate" / "comparison.json"
-    if comparison.is_file():
+    if "evaluate" in stages and comparison.is_file():
         for row in json.loads(comparison.read_text("utf-8")):
             lines += ["", f"prompt  {_one_line(row['prompt'])}"]
             lines += [f"  SFT   {_one_line(row['baseline'])}", f"  PPO   {_one_line(row['policy'])}"]
     place = os.path.relpath(folder)
     place = str(folder) if place.startswith("..") else place
-    last = next((s for s in ("ppo", "reward_model", "sft") if (folder / s / "model").is_dir()), None)
+    last = next((s for s in ("ppo", "reward_model", "sft") if s in stages), None)
     lines += ["", f"total {duration(summary.get('seconds/total', 0))}; results in {place}/summary.json"]
     if last:
         lines.append(f"model in {place}/{last}/model (Hugging Face format), curves in {place}/{last}/metrics.jsonl")
@@ -48,6 +49,11 @@ def table(summary: dict) -> list[str]:
             text = form.format(summary[key])
             if key in INTERVALS and f"{key}_low" in summary:
                 text += f"  (95% {summary[key + '_low']:.3f} to {summary[key + '_high']:.3f})"
+            if key == "evaluate/win_rate":
+                judge = summary.get("evaluate/judge", "gold")
+                label = f"{label}, judge {judge}"
+                if judge == "reward_model":
+                    text += "  (the very score that PPO optimised)"
             rows.append((stage, label, text))
     widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
     return [f"{stage:<{widths[0]}}  {label:<{widths[1]}}  {text}" for stage, label, text in rows]

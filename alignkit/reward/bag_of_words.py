@@ -68,4 +68,5 @@ def features(texts: list[str], vocabulary: dict[str, int]) -> Tensor:
         columns += found
         values += [max(len(found), 1) ** -0.5] * len(found)
     indices = torch.tensor([rows, columns], dtype=torch.long)
-    return torch.sparse_coo_tensor(indices, torch.tensor(values, dtype=torch.float64), (len(texts), len(vocabulary)))
+    entries = torch.tensor(values, dtype=torch.float64)
+    return torch.sparse_coo_tensor(indices, entries, (len(texts), len(vocabulary)), check_invariants=True)

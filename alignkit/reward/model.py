@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from alignkit.errors import UserError
 from alignkit.schema import NonNegative, settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from alignkit.data.tokens import Encoder
+    from alignkit.models.scalar import ScalarModel
     from alignkit.reward.source import Answers
+    from alignkit.runtime.sharding import Cluster
 
 
 @settings
@@ -24,20 +29,39 @@ class RewardModel:
     normalise: Literal["none", "shift", "shift_scale"]
     missing_eos_penalty: NonNegative
 
-    def affine(self, metrics: Mapping[str, float]) -> tuple[float, float]:
-        """(mean, std) of the map (score - mean) / std, from what the reward-model stage measured; (0, 1) without."""
-        if self.normalise == "none" or "score_mean" not in metrics:
-            return 0.0, 1.0
-        return metrics["score_mean"], metrics["score_std"] if self.normalise == "shift_scale" else 1.0
+    def open(self, folder: Path, encoder: Encoder, cluster: Cluster) -> ModelSource:
+        """Load and shard the reward model in `folder`. Raises UserError if it cannot score these tokens, or if the
+        score is to be normalised and nobody measured by what."""
+        from alignkit.models.loading import model_folder, read_manifest
+        from alignkit.models.scalar import load_scalar
+
+        measured = read_manifest(folder).get("metrics", {})
+        mean, std = 0.0, 1.0
+        if self.normalise != "none":
+            if "score_mean" not in measured:
+                raise UserError(
+                    f"'{folder}' was not trained by alignkit, so the mean of its score is unknown: "
+                    "set reward.normalise=none"
+                )
+            mean, std = measured["score_mean"], measured["score_std"] if self.normalise == "shift_scale" else 1.0
+        scorer = cluster.shard(load_scalar(model_folder(folder), encoder), trainable=False)
+        return ModelSource(scorer, mean, std, lambda: load_scalar(model_folder(folder), encoder))
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A (sharded) ScalarModel as a reward source."""
+    """A (sharded) ScalarModel as a reward source; `fresh` loads it once more, whole."""
 
     model: nn.Module
     mean: float
     std: float
+    fresh: Callable[[], ScalarModel] | None = None
+
+    def initial_value(self) -> ScalarModel:
+        """A value model that starts as this reward, in the units that PPO pays."""
+        value = self.fresh()
+        value.absorb_affine(self.mean, self.std)
+        return value
 
     def score(self, answers: Answers, microbatch: int) -> Tensor:
         """See `RewardSource.score`; the score is read at the response's last token."""

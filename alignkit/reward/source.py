@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
 
     from alignkit.algo.types import Rollout
     from alignkit.data.corpus import Prompt
+    from alignkit.data.tokens import Encoder
+    from alignkit.runtime.sharding import Cluster
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,22 @@ class Answers:
     responses: list[str]
 
 
+class Reward(Protocol):
+    """A frozen settings class with these is a reward: one file and one YAML.
+
+    missing_eos_penalty: taken off the score of a response that did not end by itself.
+    """
+
+    missing_eos_penalty: float
+
+    def open(self, folder: Path, encoder: Encoder, cluster: Cluster) -> RewardSource:
+        """Ready to score. folder: the reward model of the chain; sources of another kind need not look at it."""
+        ...
+
+
 class RewardSource(Protocol):
-    """Scores whole responses; higher is better."""
+    """Scores whole responses; higher is better. One that has `initial_value() -> ScalarModel` gives PPO's value model
+    its first weights; otherwise that starts from the policy with a fresh head."""
 
     def score(self, answers: Answers, microbatch: int) -> Tensor:
         """One score a response, [B] in float32 or better, on the rollout's device. Called on every rank with its own

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,8 @@ WITHOUT_EFFECT = {  # settings that change how a result is computed or shown, no
     "rollout": ("batch",),
     "reward": ("path",),  # the reward model is an input with a digest of its own
     "data": ("path",),  # its bytes are in the data's fingerprint
+    "ptx": ("path",),  # likewise
+    "model": ("path",),  # a folder's bytes, or a Hub id, are an input with a digest of its own
 }
 
 
@@ -53,7 +55,8 @@ def stage_digest(stage: str, raw: Mapping[str, Any], data: str, inputs: Mapping[
     """Hex digest of all that decides the stage's product. data: the data's fingerprint; inputs: name -> digest."""
     chosen = {}
     for section in SECTIONS[stage]:
-        hidden = WITHOUT_EFFECT.get(section, ())
+        ours = str(raw[section].get("_target_", "alignkit.")).startswith("alignkit.")
+        hidden = WITHOUT_EFFECT.get(section, ()) if ours else ()
         chosen[section] = {key: value for key, value in raw[section].items() if key not in hidden}
     identity = {
         "stage": stage,
@@ -66,14 +69,19 @@ def stage_digest(stage: str, raw: Mapping[str, Any], data: str, inputs: Mapping[
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def open_artifact(path: str) -> Artifact:
-    """A model that the user names: a finished stage by its manifest, any other folder by the bytes of its files."""
-    folder = Path(path)
-    if (folder / "manifest.json").is_file():
+def open_artifact(path: str, stages: Sequence[str] = ()) -> Artifact:
+    """A model that the user names: a finished stage (or its `model/`) by its manifest, any other folder by the bytes of
+    its files. Raises UserError if it is damaged, no model, or of another stage than one of `stages`."""
+    folder = Path(path).expanduser()
+    if folder.name == "model" and _manifest(folder.parent):
+        folder = folder.parent
+    if (folder / "manifest.json").is_file() and not (folder / "config.json").is_file():
         manifest = _manifest(folder)
         lost = ["manifest.json"] if manifest is None else _lost_files(folder, manifest)
         if lost:
-            raise UserError(f"'{path}' is damaged: {lost[0]} is missing or cut off; make it again")
+            raise UserError(f"'{path}' is damaged: {lost[0]} is missing, cut off or changed; make it again")
+        if stages and manifest["stage"] not in stages:
+            raise UserError(f"'{path}' is the product of {manifest['stage']}; expected one of {' or '.join(stages)}")
         return Artifact(folder.resolve(), manifest["digest"], manifest["metrics"])
     if folder.resolve().name.endswith(".partial"):
         raise UserError(f"'{path}' is an unfinished stage: run the command that makes it again until it ends")
@@ -154,17 +162,23 @@ class Store:
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
-    """A finished stage's manifest; None where there is none, or one that was cut off."""
+    """A finished stage's manifest; None where there is none, one that was cut off, or one of another program."""
     try:
-        return json.loads((folder / "manifest.json").read_text("utf-8"))
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    return (
+        manifest if isinstance(manifest, dict) and {"stage", "digest", "files", "metrics"} <= manifest.keys() else None
+    )
 
 
 def _lost_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """The files that the manifest names and that are not there in their full length."""
-    files = ((folder / name, facts["bytes"]) for name, facts in manifest["files"].items())
-    return [str(file.relative_to(folder)) for file, size in files if not file.is_file() or file.stat().st_size != size]
+    """The files that the manifest names and that are missing, cut off or changed."""
+    return [name for name, facts in manifest["files"].items() if not _intact(folder / name, facts)]
+
+
+def _intact(file: Path, facts: Mapping[str, Any]) -> bool:
+    return file.is_file() and file.stat().st_size == facts["bytes"] and file_digest(file) == facts["sha256"]
 
 
 def link(place: Path, target: Path) -> None:

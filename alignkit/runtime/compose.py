@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+STAMP = time.strftime("%Y%m%d-%H%M%S")  # of this process: the jobs of one sweep share it
 
 
 def compose_and_call(conf: Path, name: str, call: Callable[[dict[str, Any]], int]) -> int:
@@ -57,10 +60,12 @@ def compose_and_call(conf: Path, name: str, call: Callable[[dict[str, Any]], int
 
 
 def _job_name(base: str | None, recipe: str) -> str:
-    """A name of its own for each job of a sweep: what the job changes."""
-    words = HydraConfig.get().job.override_dirname or str(HydraConfig.get().job.num)
-    words = re.sub(r"[^A-Za-z0-9_.=,+-]", "_", ",".join(w for w in words.split(",") if not w.startswith("name=")))
-    return f"{base or recipe}-{HydraConfig.get().job.num}-{words}"[:120]
+    """A name of its own for each job of a sweep: its number and what it changes against the other jobs."""
+    changed = [
+        word for word in HydraConfig.get().overrides.task if word not in sys.argv and not word.startswith("name=")
+    ]
+    words = re.sub(r"[^A-Za-z0-9_.=,+-]", "_", ",".join(changed))
+    return f"{base or f'{recipe}-{STAMP}'}-{HydraConfig.get().job.num}-{words}"[:120].rstrip("-")
 
 
 def explain(error: Exception, conf: Path, name: str) -> str:
@@ -80,7 +85,7 @@ def explain(error: Exception, conf: Path, name: str) -> str:
 def _unknown_key(key: str, conf: Path, name: str) -> str:
     """`ppo.eopchs: unknown key; did you mean ppo.epochs?`"""
     group, _, rest = key.partition(".")
-    if rest.startswith("trainer"):
+    if rest.startswith("trainer") and group in ("sft", "reward_model"):
         return f"{key}: passed on to TRL, so it has to be added, not overridden: +{group}.trainer.ARGUMENT=VALUE"
     owners = [file.stem for file in sorted((conf / group).glob("*.yaml")) if rest and rest in OmegaConf.load(file)]
     if owners:

@@ -13,12 +13,14 @@ import json
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.dataclasses import is_pydantic_dataclass
 
+from alignkit.data.files import files_digest
 from alignkit.errors import UserError
 from alignkit.models.settings import ModelSettings
 from alignkit.observe.settings import TrackingSettings
@@ -36,7 +38,14 @@ SETTINGS = {
     "tracking": TrackingSettings,
     "launch": LaunchSettings,
 }
-STRATEGIES = ("data", "rollout", "reward", "advantage", "kl")
+PROTOCOL = {  # what the class that `_target_` names must have; the classes of alignkit document each
+    "data": ("load", "fingerprint"),
+    "rollout": ("temperature", "min_response", "max_response", "generate"),
+    "reward": ("missing_eos_penalty", "open"),
+    "advantage": ("__call__",),
+    "kl": ("coef", "target", "next"),
+}
+STRATEGIES = tuple(PROTOCOL)
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class RunConfig:
 
     name: str | None
     runs_dir: str
-    seed: int
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     force: bool
     trusted: list[str]
     policy: str | None
@@ -78,7 +87,7 @@ def recipes_dir() -> Path:
 
 def _shipped(folder: str, sign: str) -> Path:
     package = Path(__file__).resolve().parents[1]
-    return next(place for place in (package.parent / folder, package / folder) if (place / sign).is_file())
+    return next(place for place in (package / folder, package.parent / folder) if (place / sign).is_file())
 
 
 def load(raw: dict[str, Any]) -> RunConfig:
@@ -122,7 +131,24 @@ def _section(path: str, cls: type, values: Any, faults: list[str]) -> Any:
         return cls(**{key: value for key, value in values.items() if key in names})
     except ValidationError as error:
         faults += [_fault(path, item, names) for item in error.errors()]
+        bad = {item["loc"][0] for item in error.errors() if item["loc"]}
+        if bad:
+            faults += _rules(path, cls, {k: v for k, v in values.items() if k in names and k not in bad})
         return None
+
+
+def _rules(path: str, cls: type, sound: dict[str, Any]) -> list[str]:
+    """What the rules between fields say of the sound ones, so that one bad field does not hide another fault."""
+    rules = getattr(cls, "__post_init__", None)
+    if rules is None:
+        return []
+    try:
+        rules(SimpleNamespace(**sound))
+    except ValueError as error:
+        return [f"{path}: {error}"]
+    except AttributeError:  # a rule that needs a bad field
+        pass
+    return []
 
 
 def _strategy(path: str, values: Any, trusted: list[str], faults: list[str]) -> Any:
@@ -150,6 +176,10 @@ def _strategy(path: str, values: Any, trusted: list[str], faults: list[str]) -> 
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         faults.append(f"{path}._target_: '{target}' is not a dataclass")
         return None
+    lacking = [name for name in PROTOCOL[path] if name not in {*dir(cls), *_field_names(cls)}]
+    if lacking:
+        faults.append(f"{path}._target_: '{target}' lacks {', '.join(lacking)}, which {path} must have")
+        return None
     return _section(path, cls, {key: value for key, value in values.items() if key != "_target_"}, faults)
 
 
@@ -165,6 +195,10 @@ def _fault(path: str, item: dict, names: list[str]) -> str:
         return f"{place}: expected a text, got the number {item['input']}; quote it: '{place}=\"{item['input']}\"'"
     expected = message.removeprefix("Input should be ")
     return f"{place}: expected {expected}, got {item['input']!r}; set it with {place}=VALUE"
+
+
+def _field_names(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
 
 
 def _unknown(path: str, key: str, names: list[str]) -> str:
@@ -190,6 +224,13 @@ def _across(parts: dict[str, Any]) -> list[str]:
         faults.append(
             f"launch.processes={launch.processes} must be a multiple of sharding.shard_size={sharding.shard_size}"
         )
+    for name in ("sft", "reward_model"):
+        if model.path is None and parts[name].max_length > model.context_length:
+            lengths = (
+                f"{name}.max_length={parts[name].max_length} tokens",
+                f"model.context_length={model.context_length}",
+            )
+            faults.append(" is above ".join(lengths))
     longest = ppo.max_prompt + parts["rollout"].max_response
     if model.path is None and longest > model.context_length:
         faults.append(
@@ -205,12 +246,14 @@ def to_json(raw: dict[str, Any]) -> str:
 
 
 def with_sources(raw: dict[str, Any]) -> dict[str, Any]:
-    """The settings, and beside each strategy from outside alignkit the digest of its file: when the user's code
-    changes, so does what it makes."""
+    """The settings, and beside each strategy from outside alignkit the digest of its file, beside ptx.path that of
+    its files: when the user's code or text changes, so does what it makes."""
     result = dict(raw)
     for name in STRATEGIES:
         module = raw[name]["_target_"].rpartition(".")[0]
         if module.split(".")[0] != "alignkit":
             code = Path(importlib.import_module(module).__file__).read_bytes()
             result[name] = {**raw[name], "_code_": hashlib.sha256(code).hexdigest()}
+    if raw["ptx"]["path"]:
+        result["ptx"] = {**raw["ptx"], "_files_": files_digest(raw["ptx"]["path"], "ptx.path")}
     return result

@@ -5,6 +5,7 @@ traceback, and the place of the log. Signals are passed on, and nothing is left 
 """
 
 import codecs
+import contextlib
 import json
 import os
 import signal
@@ -149,5 +150,6 @@ def _echo(source, log) -> None:
     while chunk := source.read1(65536):
         log.write(chunk)
         log.flush()
-        sys.stdout.write(decoder.decode(chunk))
-        sys.stdout.flush()
+        with contextlib.suppress(OSError, UnicodeError):  # a closed terminal must not stop the run; the log has it all
+            sys.stdout.write(decoder.decode(chunk))
+            sys.stdout.flush()

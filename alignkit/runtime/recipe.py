@@ -31,10 +31,15 @@ def run_program(name: str, chain: Callable[[Run], None]) -> int:
 
     from alignkit.runtime.compose import compose_and_call, explain
 
+    if is_extra_rank():
+        return 0
     try:
         return compose_and_call(conf_dir(), name, lambda raw: run_job(name, chain, raw))
     except (HydraException, OmegaConfBaseException) as error:
         return _report(explain(error, conf_dir(), name), 2)
+    except BrokenPipeError:  # `alignkit rlhf --cfg job | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def run_job(name: str, chain: Callable[[Run], None], raw: dict) -> int:
@@ -53,7 +58,7 @@ def run_job(name: str, chain: Callable[[Run], None], raw: dict) -> int:
         return _report(f"stopped by {stop}; finished stages are kept and will be reused", stop.exit_code)
     except KeyboardInterrupt:
         return _report("stopped by SIGINT; finished stages are kept and will be reused", 130)
-    print(closing_words(run.summary, run.folder), flush=True)
+    print(closing_words(run.summary, run.folder, list(run.products)), flush=True)
     return 0
 
 

@@ -24,7 +24,12 @@ class Run:
     def __init__(self, recipe: str, config: RunConfig, raw: dict[str, Any]) -> None:
         self.recipe, self.config, self.raw = recipe, config, raw
         self.identity = with_sources(raw)
-        self.data_digest = config.data.fingerprint()  # reads the data's bytes: a missing file is told before anything
+        # The data is read here too: a missing file or a broken row is told before anything is made.
+        self.data_digest = config.data.fingerprint()
+        if not config.data.load(config.seed).train.pairs and recipe in ("rlhf", "reward_model"):
+            raise UserError(
+                "data: no preference pairs; a reward model needs prompt+chosen+rejected rows or labelled texts"
+            )
         self.name = config.name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         runs = Path(config.runs_dir).absolute()
         self.folder, self.store = runs / self.name, Store(runs)
@@ -38,6 +43,8 @@ class Run:
     def _open(self) -> None:
         """Make the run's folder, once a stage is to be run: until then a mistake leaves nothing behind."""
         self._lock = self._claim()
+        for old in ("sft", "reward_model", "ppo", "evaluate", "summary.json"):  # of an earlier run of this name
+            (self.folder / old).unlink(missing_ok=True)
         (self.folder / "config.yaml").write_text(f"# alignkit {self.recipe}\n{as_yaml(self.raw)}", encoding="utf-8")
         _say(f"run {self.name} ({self.recipe}) in {self._shown(self.folder)}")
         if self._note:
@@ -47,7 +54,9 @@ class Run:
         """The product of a stage: reused if the store has it, else made now. Raises StageFailed with the cause."""
         if self._lock is None:
             self._open()
-        digest = stage_digest(name, self.identity, self.data_digest, {key: item.digest for key, item in inputs.items()})
+        self._refuse_what_is_not_used(name)
+        made_from = {key: item.digest for key, item in inputs.items()} | (self._start() if name == "sft" else {})
+        digest = stage_digest(name, self.identity, self.data_digest, made_from)
         with self.store.locked(name, digest):
             product = None if self.config.force else self.store.find(name, digest)
             if product:
@@ -64,13 +73,29 @@ class Run:
 
     def given(self, key: str) -> Artifact:
         """The model that the user named: `policy` or `reward.path`. Raises UserError if it is not set."""
-        path = self.config.policy if key == "policy" else self.config.reward.path
+        path = self.config.policy if key == "policy" else self._reward_path()
         if path is None:
             raise UserError(
                 f"{key}: missing; alignkit {self.recipe} needs the folder of a finished stage, "
                 f"for example {key}=runs/NAME/{'sft' if key == 'policy' else 'reward_model'}"
             )
-        return open_artifact(path)
+        return open_artifact(path, ("sft", "ppo") if key == "policy" else ("reward_model",))
+
+    def _start(self) -> dict[str, str]:
+        """What SFT starts from: the digest of a local model's files, or a Hub id (a branch may move: set revision)."""
+        path = self.config.model.path
+        if path is None:
+            return {}
+        return {"model": open_artifact(path).digest if Path(path).expanduser().exists() else path}
+
+    def _refuse_what_is_not_used(self, name: str) -> None:
+        """A model from outside for what the recipe makes itself is a mistake, not a hint."""
+        given = {"sft": ("policy", self.config.policy), "reward_model": ("reward.path", self._reward_path())}
+        key, path = given.get(name, ("", None))
+        if path is not None:
+            raise UserError(
+                f"{key}={path} is not used by alignkit {self.recipe}, which trains its own; use alignkit ppo"
+            )
 
     def _make(self, name: str, digest: str, inputs: dict[str, Artifact]) -> Artifact:
         began = time.time()
@@ -117,10 +142,18 @@ class Run:
         weights = [file for folder in folders for file in folder.rglob("*.safetensors")]
         return max((file.stat().st_size for file in weights), default=0) // 4 or None
 
+    def _reward_path(self) -> str | None:
+        return getattr(self.config.reward, "path", None)
+
     def _claim(self):
         """The run's folder, held by this process alone until it ends."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = (self.folder / ".lock").open("w")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise UserError(
+                f"runs_dir={self.config.runs_dir}: no folder {self.folder} can be written: {error.strerror}"
+            ) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -36,6 +36,9 @@ class Cluster:
         cuda = torch.cuda.is_available()
         local = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if cuda and local >= torch.cuda.device_count():
+            asked, there = os.environ["LOCAL_WORLD_SIZE"], torch.cuda.device_count()
+            raise UserError(f"launch.processes={asked} is more than the {there} GPUs that are there")
         if cuda:
             torch.cuda.set_device(device)
         if not dist.is_initialized():

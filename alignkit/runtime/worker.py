@@ -61,6 +61,8 @@ def run_job(job_file: Path) -> None:
 
     stage = importlib.import_module(f"alignkit.stages.{job.stage}")
     cluster = Cluster.open(config.sharding.shard_size)
+    if cluster.is_main and cluster.device.type == "cpu":
+        warn_of_slow_threads()
     tracker = Tracker(job.out, job.stage, cluster.is_main, _open_sink(spec, config, cluster.is_main))
     code = 1
     try:
@@ -73,6 +75,24 @@ def run_job(job_file: Path) -> None:
     finally:
         tracker.close(exit_code=code)
     cluster.close()
+
+
+def warn_of_slow_threads() -> None:
+    """Say so when a small matrix product takes over 1 ms: OpenMP threads then wait for each other, not for work."""
+    import torch
+
+    a, b = torch.randn(32, 256), torch.randn(256, 256)
+    seconds = []
+    for _ in range(25):
+        began = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - began)
+    median = sorted(seconds)[len(seconds) // 2]
+    if median > 1e-3:
+        print(
+            f"warning: a small matrix product takes {median * 1e3:.1f} ms on {torch.get_num_threads()} threads; "
+            "set launch.threads=1 or stop other jobs on this machine"
+        )
 
 
 def _open_sink(spec: dict, config, is_main: bool):

@@ -13,12 +13,17 @@ from alignkit.algo.batching import length_order, pad_left, pad_right
 from alignkit.algo.sampling import SamplingRule, uniform_noise
 from alignkit.algo.types import PromptBatch, Rollout
 from alignkit.data.tokens import Encoder
-from alignkit.errors import UserError
-from alignkit.models.loading import disable_dropout, load_causal, load_encoder, load_scorer, model_folder, read_manifest
+from alignkit.models.loading import (
+    disable_dropout,
+    load_causal,
+    load_encoder,
+    model_folder,
+    require_context,
+    scorer_from_policy,
+)
 from alignkit.models.policy import response_logprobs
 from alignkit.models.scalar import ScalarModel, score_sequences
-from alignkit.models.tokenizer import same_tokens
-from alignkit.reward.model import ModelSource
+from alignkit.reward.source import RewardSource
 
 if TYPE_CHECKING:
     from alignkit.runtime.config import RunConfig
@@ -36,7 +41,7 @@ class Actors:
     policy: nn.Module
     reference: nn.Module
     value_model: nn.Module
-    reward: ModelSource
+    reward: RewardSource
     policy_optimizer: torch.optim.Optimizer
     value_optimizer: torch.optim.Optimizer
     kl_coef: float
@@ -52,26 +57,29 @@ class Actors:
 
 
 def load_actors(job: Job, cluster: Cluster) -> Actors:
-    """Load and shard the four models: reference = policy, value model = reward model in the reward's units."""
+    """Load and shard the four models: reference = policy; the value model starts as the reward model, in its units."""
     config = job.config
-    policy_folder, reward_folder = model_folder(job.inputs["policy"]), model_folder(job.inputs["reward"])
-    encoder = load_encoder(policy_folder)
-    rule = sampling_rule(config, encoder)
-    policy, reference = load_policy(policy_folder), load_policy(policy_folder)
-    reward_model, value_model = _load_scalar(reward_folder, encoder), _load_scalar(reward_folder, encoder)
-    mean, std = config.reward.affine(read_manifest(job.inputs["reward"]).get("metrics", {}))
-    value_model.absorb_affine(mean, std)
+    folder, settings = model_folder(job.inputs["policy"]), config.ppo
+    encoder = load_encoder(folder)
+    policy, reference = load_policy(folder), load_policy(folder)
+    lengths = f"ppo.max_prompt={settings.max_prompt} and rollout.max_response={config.rollout.max_response}"
+    require_context(policy, settings.max_prompt + config.rollout.max_response, lengths)
+    reward = config.reward.open(job.inputs["reward"], encoder, cluster)
+    if hasattr(reward, "initial_value"):
+        value_model = reward.initial_value()
+    else:
+        value_model = ScalarModel(scorer_from_policy(folder, config.seed))
+        disable_dropout(value_model.classifier)
     policy = cluster.shard(policy, trainable=True)
     value_model = cluster.shard(value_model, trainable=True)
-    settings = config.ppo
     return Actors(
         cluster=cluster,
         encoder=encoder,
-        rule=rule,
+        rule=sampling_rule(config, encoder),
         policy=policy,
         reference=cluster.shard(reference, trainable=False),
         value_model=value_model,
-        reward=ModelSource(cluster.shard(reward_model, trainable=False), mean, std),
+        reward=reward,
         policy_optimizer=_adam(policy, settings.learning_rate, settings.adam_eps),
         value_optimizer=_adam(value_model, settings.value_learning_rate, settings.adam_eps),
         kl_coef=config.kl.coef,
@@ -157,18 +165,6 @@ def score_all(scorer: ScalarModel, rows: list[list[int]], pad_id: int, batch: in
     scores = torch.empty(len(rows))
     scores[torch.tensor(order)] = collected
     return scores
-
-
-def _load_scalar(folder: Path, encoder: Encoder) -> ScalarModel:
-    other = load_encoder(folder)
-    if not same_tokens(other.tokenizer, encoder.tokenizer):
-        raise UserError(
-            f"the tokenizers of policy ({len(encoder.tokenizer)} tokens) and reward model ({len(other.tokenizer)} "
-            "tokens) differ: ids cannot pass from one to the other; train the reward model from the same SFT model"
-        )
-    classifier = load_scorer(folder)
-    disable_dropout(classifier)
-    return ScalarModel(classifier)
 
 
 def _adam(model: nn.Module, learning_rate: float, eps: float) -> torch.optim.Optimizer:

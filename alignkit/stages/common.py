@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import TrainerCallback, set_seed
 
 from alignkit.data.corpus import Corpus
 from alignkit.data.tokens import Encoder
-from alignkit.errors import UserError
+from alignkit.errors import TrainingError, UserError
 from alignkit.observe.progress import Progress
 
 if TYPE_CHECKING:
@@ -49,7 +50,10 @@ def trainer_arguments(job: Job, settings: Any, world_size: int, num_rows: int) -
         "warmup_steps": settings.warmup,
         "lr_scheduler_type": "cosine",
         "max_length": None,
+        "dataloader_drop_last": True,  # each optimizer step has `batch` rows, on any number of ranks
         "logging_steps": 10,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -83,6 +87,9 @@ class ProgressCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         shown = {key: value for key, value in (logs or {}).items() if key in ("loss", "accuracy")}
+        if "loss" in shown and not math.isfinite(float(shown["loss"])):
+            rate = f"{self.stage}.learning_rate={args.learning_rate}"
+            raise TrainingError(f"the loss is {shown['loss']} at step {state.global_step}: lower {rate}")
         self.note = "  ".join(f"{key} {float(value):.3f}" for key, value in shown.items()) or self.note
 
     def on_step_end(self, args, state, control, **kwargs) -> None:

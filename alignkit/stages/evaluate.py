@@ -14,10 +14,10 @@ from alignkit.algo.types import Rollout
 from alignkit.data.corpus import Corpus, Prompt
 from alignkit.data.tokens import Encoder, show
 from alignkit.errors import UserError
-from alignkit.models.loading import load_encoder, load_scorer, model_folder, read_manifest
-from alignkit.models.scalar import ScalarModel
+from alignkit.models.loading import load_encoder, model_folder
 from alignkit.reward.bag_of_words import fit_bag_of_words
-from alignkit.stages.actors import load_policy, logprobs_of, sample, sampling_rule, score_all
+from alignkit.reward.source import Answers
+from alignkit.stages.actors import load_policy, logprobs_of, sample, sampling_rule
 from alignkit.stages.common import prepare, sample_of
 
 if TYPE_CHECKING:
@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Responses:
-    """One model's responses to the held-out prompts: texts, ids, and KL(policy || baseline) in nats where asked for."""
+    """One model's responses to the held-out prompts: texts, ids, and KL(policy || baseline) in nats where asked for;
+    `part`: this rank's share of them, the rows that `numbers` names."""
 
+    part: Rollout
+    numbers: list[int]
     texts: list[str]
     ids: list[list[int]]
     finished: list[bool]
@@ -40,7 +43,7 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
     """Sample from both models with the same noise and judge both. Returns the win rate with its interval."""
     corpus, settings = prepare(job, cluster.is_main), job.config.evaluate
     encoder = load_encoder(model_folder(job.inputs["policy"]))
-    prompts = heldout_prompts(corpus, encoder, job)
+    prompts = heldout_prompts(corpus, encoder, job, cluster)
     models = {name: load_policy(model_folder(job.inputs[name])) for name in ("policy", "baseline")}
     models = {name: cluster.shard(model, trainable=False) for name, model in models.items()}
     tuned = respond(models["policy"], models["baseline"], prompts, encoder, job, cluster)
@@ -79,10 +82,12 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
     return result
 
 
-def heldout_prompts(corpus: Corpus, encoder: Encoder, job: Job) -> list[tuple[Prompt, list[int]]]:
+def heldout_prompts(corpus: Corpus, encoder: Encoder, job: Job, cluster: Cluster) -> list[tuple[Prompt, list[int]]]:
     """At most `evaluate.prompts` held-out prompts with their ids, a fixed draw."""
     encoded = [(prompt, encoder.prompt(prompt)) for prompt in corpus.heldout.prompts]
     kept = [(prompt, ids) for prompt, ids in encoded if 0 < len(ids) <= job.config.ppo.max_prompt]
+    if cluster.is_main and len(kept) < len(encoded):
+        print(f"evaluate: {len(encoded) - len(kept)} of {len(encoded)} held-out prompts left out: empty or too long")
     if not kept:
         raise UserError(
             f"evaluate: none of the {len(encoded)} held-out prompts has at most ppo.max_prompt="
@@ -95,7 +100,7 @@ def respond(model, other, prompts, encoder: Encoder, job: Job, cluster: Cluster)
     """One response to each prompt, the same noise for every model; with `other`, KL(model || other) along them."""
     config, rule = job.config, sampling_rule(job.config, encoder)
     ids = [ids for _, ids in prompts]
-    part, _ = sample(model, ids, 0, config, rule, cluster, encoder.tokenizer.pad_token_id, iteration=-1)
+    part, numbers = sample(model, ids, 0, config, rule, cluster, encoder.tokenizer.pad_token_id, iteration=-1)
     kl = None
     if other is not None:
         ours, _ = logprobs_of(model, part, rule, config.ppo.microbatch)
@@ -105,7 +110,7 @@ def respond(model, other, prompts, encoder: Encoder, job: Job, cluster: Cluster)
         *(cluster.collect(x, len(prompts)) for x in (part.tokens, part.mask, part.response_mask, part.finished))
     )
     rows = [row[mask].tolist() for row, mask in zip(whole.response, whole.response_mask)]
-    return Responses([encoder.text(row) for row in rows], rows, whole.finished.tolist(), kl)
+    return Responses(part, numbers.tolist(), [encoder.text(row) for row in rows], rows, whole.finished.tolist(), kl)
 
 
 def open_judge(corpus: Corpus, job: Job, encoder: Encoder, cluster: Cluster):
@@ -126,13 +131,12 @@ def open_judge(corpus: Corpus, job: Job, encoder: Encoder, cluster: Cluster):
                 f"evaluate: judge is a bag of words on {len(corpus.judge)} texts, accuracy {bag.accuracy:.3f} held out"
             )
         return wanted, lambda prompts, r: bag.scores([f"{show(p)} {t}" for p, t in zip(prompts, r.texts)])
-    scorer = cluster.shard(ScalarModel(load_scorer(model_folder(job.inputs["reward"]))), trainable=False)
-    facts = read_manifest(job.inputs["reward"]).get("metrics", {})
-    mean, std = job.config.reward.affine(facts)
+    source = job.config.reward.open(job.inputs["reward"], encoder, cluster)
 
-    def by_reward(prompts: list[Prompt], responses: Responses) -> Tensor:
-        rows = [encoder.prompt(p) + ids for p, ids in zip(prompts, responses.ids)]
-        pad = encoder.tokenizer.pad_token_id
-        return ((score_all(scorer, rows, pad, job.config.ppo.microbatch, cluster) - mean) / std).double()
+    def by_reward(prompts: list[Prompt], r: Responses) -> Tensor:
+        answers = Answers(r.part, [prompts[i] for i in r.numbers], [r.texts[i] for i in r.numbers])
+        with torch.no_grad():
+            scores = source.score(answers, job.config.ppo.microbatch)
+        return cluster.collect(scores, len(prompts)).double().cpu()
 
     return wanted, by_reward

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alignkit.algo.batching import length_order, permutation, prompt_indices
+from alignkit.algo.control import AdaptiveKL
 from alignkit.algo.kl import shape_reward
 from alignkit.algo.losses import clipped_policy_loss, clipped_value_loss
 from alignkit.algo.types import Minibatch, Rollout, ScoredRollout
@@ -43,8 +44,8 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
     actors = load_actors(job, cluster)
     prompts = encode_prompts(corpus.train.prompts, actors, settings.max_prompt, settings.batch)
     ptx = PtxBatches.open(corpus.train.demonstrations, actors.encoder, config.ptx, config.seed)
-    if cluster.is_main and config.kl.target is not None:
-        warn_of_slow_control(config)
+    if cluster.is_main:
+        tell_before(config, len(prompts))
     progress = Progress("ppo", settings.iterations, cluster.is_main)
     history: list[dict[str, float]] = []
     for iteration in range(settings.iterations):
@@ -101,7 +102,10 @@ def ppo_iteration(
                 if number == 0:
                     check_ratio(metrics, cluster)
     except TrainingError as error:
-        place = save_evidence(job.out, iteration, batch, scored, samples) if cluster.is_main else job.out
+        place = job.out / "state" / f"failed-iteration-{iteration + 1}"
+        if cluster.is_main:
+            save_evidence(place, batch, scored, samples)
+        cluster.barrier()  # every rank fails here alike; none may end before the data is on disk
         raise TrainingError(f"iteration {iteration + 1}: {error}; its data is in {place}") from error
     update = reduce(metrics, cluster.sum, cluster.max).values()
     values = iteration_metrics(rollout, scored, shaped, target, entropy, samples, actors, config)
@@ -165,7 +169,7 @@ def ppo_update(actors: Actors, minibatch: Minibatch, ptx: PtxBatches, config, me
         )
         (loss.total / tokens).backward()
         _add_policy_metrics(metrics, loss, clipped, logprobs.detach(), micro, first)
-    ptx_backward(actors, ptx, config.ptx, metrics)
+    ptx_backward(actors, ptx, config.ptx, settings.microbatch, metrics)
     norm = cluster.clip_gradient(actors.policy, settings.max_grad_norm)
     _require_finite("policy gradient", norm)
     actors.policy_optimizer.step()
@@ -215,9 +219,8 @@ def encode_prompts(prompts: list[Prompt], actors: Actors, longest: int, batch: i
     encoded = [(prompt, actors.encoder.prompt(prompt)) for prompt in prompts]
     kept = [(prompt, ids) for prompt, ids in encoded if 0 < len(ids) <= longest]
     if actors.cluster.is_main and len(kept) < len(encoded):
-        print(
-            f"ppo: {len(encoded) - len(kept)} of {len(encoded)} prompts left out: longer than ppo.max_prompt={longest}"
-        )
+        count = f"{len(encoded) - len(kept)} of {len(encoded)}"
+        print(f"ppo: {count} prompts left out: empty or longer than ppo.max_prompt={longest}")
     if len(kept) < batch:
         raise UserError(
             f"ppo.batch={batch} prompts are needed for one iteration, but there are only {len(kept)} training prompts "
@@ -226,14 +229,19 @@ def encode_prompts(prompts: list[Prompt], actors: Actors, longest: int, batch: i
     return kept
 
 
-def warn_of_slow_control(config) -> None:
-    """Say so when the adaptive coefficient cannot even double within the run."""
-    reach = config.kl.reach(iterations=config.ppo.iterations, episodes=config.ppo.batch)
-    if reach < 2:
-        print(
-            f"ppo: warning: with kl.horizon={config.kl.horizon} the KL coefficient can change {reach:.2f}-fold "
-            f"at most in {config.ppo.iterations} iterations; lower it to reach kl.target={config.kl.target}"
-        )
+def tell_before(config, num_prompts: int) -> None:
+    """How often each prompt will be used, and a warning if the KL coefficient cannot even double within the run."""
+    settings = config.ppo
+    print(
+        f"ppo: {num_prompts} prompts for {settings.episodes} episodes: {settings.episodes / num_prompts:.1f} for each"
+    )
+    if isinstance(config.kl, AdaptiveKL):
+        reach = config.kl.reach(iterations=settings.iterations, episodes=settings.batch)
+        if reach < 2:
+            print(
+                f"ppo: warning: with kl.horizon={config.kl.horizon} the KL coefficient can change {reach:.2f}-fold at "
+                f"most in {settings.iterations} iterations; lower it to reach kl.target={config.kl.target}"
+            )
 
 
 def save_policy(actors: Actors, state: dict[str, Tensor], job: Job) -> None:

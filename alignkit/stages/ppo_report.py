@@ -109,9 +109,8 @@ def sample_rows(prompts, texts: list[str], rollout: Rollout, scored: ScoredRollo
     return rows
 
 
-def save_evidence(out: Path, iteration: int, batch: Minibatch, scored: ScoredRollout, samples: list[dict]) -> Path:
-    """All tensors and texts of an iteration that failed, for a person to look at. Returns the folder."""
-    folder = out / "state" / f"failed-iteration-{iteration + 1}"
+def save_evidence(folder: Path, batch: Minibatch, scored: ScoredRollout, samples: list[dict]) -> None:
+    """All tensors and texts of an iteration that failed, for a person to look at."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {field.name: getattr(batch, field.name) for field in fields(Minibatch)}
     tensors["scores"], tensors["ref_logprobs"] = scored.scores, scored.ref_logprobs
@@ -120,7 +119,6 @@ def save_evidence(out: Path, iteration: int, batch: Minibatch, scored: ScoredRol
     )
     lines = [json.dumps(without_nonfinite(row), ensure_ascii=False) for row in samples]
     (folder / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
 
 
 def summary_of(history: list[dict[str, float]], config, seconds: float) -> dict[str, float]:

@@ -15,6 +15,7 @@ from alignkit.algo.batching import pad_right, prompt_indices
 from alignkit.algo.losses import negative_log_likelihood
 from alignkit.algo.sequence import position_ids, token_logprobs
 from alignkit.data.corpus import Demonstration
+from alignkit.data.files import read_demonstrations
 from alignkit.data.tokens import Encoder
 from alignkit.errors import UserError
 from alignkit.observe.metrics import Mean, Metrics
@@ -33,9 +34,11 @@ class PtxBatches:
 
     @classmethod
     def open(cls, rows: list[Demonstration], encoder: Encoder, settings: PtxSettings, seed: int) -> PtxBatches:
-        """Rows as ids with the length of their prompt, cut at max_length; none if the loss is off."""
+        """Rows of settings.path, or else the given ones, as ids with the length of their prompt, cut at max_length;
+        none if the loss is off."""
         if settings.coef == 0:
             return cls([], settings.batch, seed)
+        rows = read_demonstrations(settings.path, "ptx.path") if settings.path else rows
         encoded = []
         for row in rows:
             prompt = encoder.prompt(row.prompt)
@@ -53,21 +56,22 @@ class PtxBatches:
         return [self.rows[i] for i in chosen.tolist()]
 
 
-def ptx_backward(actors: Actors, batches: PtxBatches, settings: PtxSettings, metrics: Metrics) -> None:
-    """Add the gradient of coef * mean negative log-likelihood of the next rows; its own token count over all ranks."""
+def ptx_backward(actors: Actors, batches: PtxBatches, settings: PtxSettings, microbatch: int, metrics: Metrics) -> None:
+    """Add the gradient of coef * mean negative log-likelihood of the next rows, divided by their number of tokens over
+    all ranks."""
     if settings.coef == 0:
         return
     rows, cluster = batches.take(), actors.cluster
     tokens = sum(len(ids) - start for ids, start in rows)
     mine, real = cluster.deal(len(rows))
-    picked = [rows[i] for i in mine.tolist()]
-    ids, mask = (x.to(cluster.device) for x in pad_right([ids for ids, _ in picked], 0))
-    starts = torch.tensor([start for _, start in picked], device=cluster.device)
-    learnt = mask & (torch.arange(ids.shape[1], device=cluster.device) >= starts[:, None])
-    learnt = learnt & real.to(cluster.device)[:, None]
-    logits = actors.policy(
-        input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
-    ).logits
-    loss = negative_log_likelihood(token_logprobs(logits[:, :-1], ids[:, 1:]), learnt[:, 1:])
-    (settings.coef * loss.total / tokens).backward()
-    metrics.add("ptx_loss", Mean(loss.total, loss.count))
+    for part, here in zip(mine.split(microbatch), real.split(microbatch)):
+        picked = [rows[i] for i in part.tolist()]
+        ids, mask = (x.to(cluster.device) for x in pad_right([ids for ids, _ in picked], 0))
+        starts = torch.tensor([start for _, start in picked])
+        learnt = mask & ((torch.arange(ids.shape[1]) >= starts[:, None]) & here[:, None]).to(cluster.device)
+        logits = actors.policy(
+            input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
+        ).logits
+        loss = negative_log_likelihood(token_logprobs(logits[:, :-1], ids[:, 1:]), learnt[:, 1:])
+        (settings.coef * loss.total / tokens).backward()
+        metrics.add("ptx_loss", Mean(loss.total, loss.count))

@@ -12,12 +12,13 @@ from trl import RewardConfig, RewardTrainer
 
 from alignkit.algo.losses import pairwise_loss
 from alignkit.algo.statistics import contrast_accuracy, wilson_interval
-from alignkit.data.corpus import Pair, Split
+from alignkit.data.corpus import Corpus, Pair, Split
 from alignkit.data.tokens import Encoder
 from alignkit.errors import TrainingError, UserError
-from alignkit.models.loading import load_encoder, model_folder, scorer_from_policy
+from alignkit.models.loading import load_encoder, model_folder, require_context, scorer_from_policy
 from alignkit.models.scalar import ScalarModel
 from alignkit.observe.trainer_callback import make_callback
+from alignkit.reward.bag_of_words import fit_bag_of_words
 from alignkit.stages.actors import score_all
 from alignkit.stages.common import (
     ProgressCallback,
@@ -53,6 +54,7 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
     arguments = trainer_arguments(job, settings, cluster.world_size, len(train))
     arguments["center_rewards_coefficient"] = settings.center_coef or None
     model = scorer_from_policy(source, job.config.seed)
+    require_context(model, settings.max_length, f"reward_model.max_length={settings.max_length}")
     model.config.pad_token_id = encoder.tokenizer.pad_token_id
     trainer = RewardTrainer(
         model=model,
@@ -99,10 +101,21 @@ def measure(scorer: ScalarModel, corpus, encoder: Encoder, job: Job, cluster: Cl
     accuracy = heldout_accuracy(corpus.heldout, encoder, settings.max_length, scores)
     references = sample_of(corpus.train.demonstrations, settings.reference_responses, job.config.seed)
     rows = [encoder.prompt(row.prompt) + encoder.response(row.prompt, row.response) for row in references]
-    reference = scores([row[: settings.max_length] for row in rows])
+    rows = [row for row in rows if len(row) <= settings.max_length]  # a cut one has lost the token that is read
+    if len(rows) < 2:
+        raise UserError(
+            f"reward_model.max_length={settings.max_length}: fewer than two of {len(references)} reference responses "
+            "are that short, so the score cannot be normalised; raise it"
+        )
+    reference = scores(rows)
     if not bool(torch.isfinite(reference).all()):
         raise TrainingError("the reward model gives scores that are not finite: lower reward_model.learning_rate")
-    return {**accuracy, "score_mean": float(reference.mean()), "score_std": max(float(reference.std()), 1e-6)}
+    accuracy["eval_accuracy_bag_of_words"] = bag_of_words_accuracy(corpus, job.config.seed)
+    return {
+        **accuracy,
+        "score_mean": float(reference.mean()),
+        "score_std": max(float(reference.std(correction=0)), 1e-6),
+    }
 
 
 def heldout_accuracy(split: Split, encoder: Encoder, max_length: int, scores) -> dict[str, float]:
@@ -115,7 +128,9 @@ def heldout_accuracy(split: Split, encoder: Encoder, max_length: int, scores) ->
     order = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
     share, (low, high) = float(order.mean()), wilson_interval(float(order.sum()), count)
     if split.contrast:
-        texts = [[encoder.response("", text)[:max_length] for text in side] for side in split.contrast]
+        texts = [[encoder.prompt("") + encoder.response("", text) for text in side] for side in split.contrast]
+        whole = [[row for row in side if len(row) <= max_length] for side in texts]
+        dropped["too long"], texts = sum(map(len, texts)) - sum(map(len, whole)), whole
         share, low, high = contrast_accuracy(*(scores(side) for side in texts))
         count = len(texts[0]) * len(texts[1])
     return {
@@ -127,6 +142,18 @@ def heldout_accuracy(split: Split, encoder: Encoder, max_length: int, scores) ->
         "eval_loss": float(pairwise_loss(chosen, rejected).total) / len(rows),
         "eval_margin": float((chosen - rejected).mean()),
     }
+
+
+def bag_of_words_accuracy(corpus: Corpus, seed: int) -> float:
+    """What a bag of words, which knows no order and no prompt, reaches on the same held-out pairs: the yardstick."""
+    pairs = sample_of(corpus.train.pairs, 5000, seed)
+    texts = [(text, label) for pair in pairs for text, label in ((pair.chosen, 1), (pair.rejected, 0))]
+    bag = fit_bag_of_words(texts, None)
+    heldout = corpus.heldout
+    if heldout.contrast:
+        return contrast_accuracy(*(bag.scores(side) for side in heldout.contrast))[0]
+    chosen, rejected = (bag.scores([getattr(pair, side) for pair in heldout.pairs]) for side in ("chosen", "rejected"))
+    return float((chosen > rejected).double().mean() + 0.5 * (chosen == rejected).double().mean())
 
 
 def _why(dropped: dict[str, int], max_length: int) -> str:

@@ -1,7 +1,9 @@
 """The settings of the stages. `batch` is always global (sequences or pairs per optimizer step, over all ranks);
 `microbatch` is what one rank computes at once: memory only, never the result."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from alignkit.schema import Count, CountOrZero, Fraction, NonNegative, Positive, Proportion, settings
 
@@ -35,7 +37,7 @@ class RewardModelSettings:
     warmup: Fraction
     max_length: Count
     center_coef: NonNegative
-    reference_responses: Count
+    reference_responses: Annotated[int, Field(ge=2)]
     trainer: dict[str, Any]
 
 
@@ -59,20 +61,21 @@ class PPOSettings:
 
     def __post_init__(self) -> None:
         _divides("minibatch", self.minibatch, "batch", self.batch)
-        if self.episodes < self.batch:
-            raise ValueError(f"episodes={self.episodes} must be at least batch={self.batch}, one iteration")
+        _divides("batch", self.batch, "episodes", self.episodes)
 
     @property
     def iterations(self) -> int:
-        """Iterations of `batch` episodes; a last part of a batch is not run."""
+        """Iterations of `batch` episodes."""
         return self.episodes // self.batch
 
 
 @settings
 class PtxSettings:
-    """A language-model loss on the demonstrations, mixed into every policy step with weight `coef` (0: off)."""
+    """A language-model loss, mixed into every policy step with weight `coef` (0: off), on the texts of `path` (files as
+    data.path takes them) or, if null, on the demonstrations."""
 
     coef: NonNegative
+    path: str | list[str] | None
     batch: Count
     max_length: Count
 

@@ -94,15 +94,26 @@ MISTAKES = {
     ),
     "fewer episodes than one batch": (
         ["ppo.episodes=10", "ppo.batch=64", "ppo.minibatch=32"],
-        ["ppo: episodes=10 must be at least batch=64, one iteration"],
+        ["ppo: episodes=10 must be a multiple of batch=64"],
     ),
     "heads do not divide the width": (
         ["model.hidden_size=10", "model.num_heads=4"],
         ["model: hidden_size=10 must be a multiple of num_heads=4"],
     ),
     "longer than the context": (
-        ["model.context_length=90", "ppo.max_prompt=48", "rollout.max_response=43"],
-        ["ppo.max_prompt=48 plus rollout.max_response=43 is 91 tokens, above model.context_length=90"],
+        ["model.context_length=90", "ppo.max_prompt=48", "rollout.max_response=43", "sft.max_length=91"],
+        [
+            "ppo.max_prompt=48 plus rollout.max_response=43 is 91 tokens, above model.context_length=90",
+            "reward_model.max_length=128 tokens is above model.context_length=90",
+            "sft.max_length=91 tokens is above model.context_length=90",
+        ],
+    ),
+    "a bad field beside a broken rule": (
+        ["ppo.batch=50", "ppo.clip=2.0"],
+        [
+            "ppo.clip: expected less than 1, got 2.0; set it with ppo.clip=VALUE",
+            "ppo: batch=50 must be a multiple of minibatch=32",
+        ],
     ),
     "several at once": (
         ["ppo.batch=10", "ppo.minibatch=3", "sft.epochs=-1", "kl.target=x", "+launch.zzz=1", "seed=x"],
@@ -224,6 +235,9 @@ class Slope:
     slope: int
     target = None
 
+    def next(self, coef, *, observed, episodes):
+        return coef + self.slope
+
     def __post_init__(self):
         if self.slope > 3:
             raise ValueError(f"slope={self.slope} must be at most 3")
@@ -250,7 +264,7 @@ def started(monkeypatch) -> list:
     configs = []
 
     class Recorded:
-        summary, folder = {}, Path("runs")
+        summary, folder, products = {}, Path("runs"), {}
 
         def __init__(self, recipe, config, raw):
             configs.append(config)
@@ -271,6 +285,12 @@ def test_a_misspelt_key_in_a_preset_of_the_user_is_named(cli, own):
 
 def test_the_options_of_the_user_are_listed_too(cli, own):
     refused(cli("rlhf", "--config-dir", "conf", "kl=zzz"), "kl=zzz: no such option; options: adaptive, fixed, slope")
+
+
+def test_a_strategy_of_the_user_that_lacks_what_is_called_is_refused(cli, own):
+    (own / "own_kl.py").write_text(OWN_STRATEGY.replace("def next(", "def nxt("))
+    expected = "kl._target_: 'own_kl.Slope' lacks next, which kl must have"
+    refused(cli("rlhf", "--config-dir", "conf", "kl=slope", "trusted=[own_kl]"), expected)
 
 
 def test_a_strategy_of_the_user_needs_their_word(cli, own):

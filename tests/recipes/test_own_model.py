@@ -34,6 +34,7 @@ def test_chain_runs_from_a_pretrained_folder_and_a_file_of_transcripts(pretraine
     write_preferences(tmp_path / "pairs.jsonl.gz")
     kept = [word for word in SMALL if not word.startswith(("data.", "model.", "ptx"))]
     words = ["data=jsonl", "data.path=pairs.jsonl.gz", "data.heldout=0.3", "model.path=gpt2", "tracking=none"]
+    words += ["sft.max_length=90", "reward_model.max_length=90", "ppo.max_prompt=60"]
     assert alignkit(monkeypatch, "rlhf", *kept, *words, "rollout.max_response=8", "name=own") == 0
     told = capsys.readouterr().out
     assert "the model has no chat template" in told
@@ -47,3 +48,80 @@ def test_chain_runs_from_a_pretrained_folder_and_a_file_of_transcripts(pretraine
     assert model.get_input_embeddings().weight.shape[0] >= len(tokenizer)
     summary = json.loads((tmp_path / "runs" / "own" / "summary.json").read_text())
     assert summary["evaluate/judge"] == "reward_model"
+
+
+LENGTH_REWARD = """
+from dataclasses import dataclass
+
+import torch
+
+
+class Source:
+    def score(self, answers, microbatch):
+        return torch.tensor([float(len(text)) for text in answers.responses])
+
+
+@dataclass(frozen=True)
+class Longest:
+    missing_eos_penalty: float
+
+    def open(self, folder, encoder, cluster):
+        return Source()
+"""
+
+
+def test_a_reward_of_the_users_own_is_one_file_and_one_yaml(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_reward.py").write_text(LENGTH_REWARD)
+    (tmp_path / "mine" / "reward").mkdir(parents=True)
+    (tmp_path / "mine" / "reward" / "longest.yaml").write_text(
+        "_target_: own_reward.Longest\nmissing_eos_penalty: 0.0 # score units\n"
+    )
+    words = ["reward=longest", "trusted=[own_reward]", "tracking=none", "name=long"]
+    assert alignkit(monkeypatch, "rlhf", "--config-dir", "mine", *SMALL, *words) == 0
+    rows = [json.loads(line) for line in (tmp_path / "runs/long/ppo/samples.jsonl").read_text("utf-8").splitlines()]
+    assert all(row["score"] == len(row["response"]) for row in rows)
+
+
+def test_ptx_learns_the_users_own_text_and_its_bytes_decide_reuse(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in GOOD + BAD))
+    words = ["ptx.path=own.jsonl", "tracking=none"]
+    assert alignkit(monkeypatch, "rlhf", *SMALL, *words, "name=a") == 0
+    with (tmp_path / "own.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "a line more"}) + "\n")
+    capsys.readouterr()
+    assert alignkit(monkeypatch, "rlhf", *SMALL, *words, "name=b") == 0
+    told = capsys.readouterr().out
+    assert "reward_model: reused" in told and "ppo: done" in told
+
+
+def test_sft_is_made_again_when_the_files_of_the_model_changed(pretrained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_preferences(tmp_path / "pairs.jsonl.gz")
+    words = ["data=jsonl", "data.path=pairs.jsonl.gz", "data.heldout=0.3", "model.path=gpt2", "tracking=none"]
+    words += ["launch=inline", "sft.max_length=90", "sft.epochs=1"]
+    assert alignkit(monkeypatch, "sft", *words) == 0
+    config = json.loads((pretrained / "config.json").read_text())
+    (pretrained / "config.json").write_text(json.dumps({**config, "layer_norm_epsilon": 1e-6}))
+    capsys.readouterr()
+    assert alignkit(monkeypatch, "sft", *words) == 0
+    assert "sft: done" in capsys.readouterr().out
+
+
+def test_inputs_of_the_wrong_kind_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert alignkit(monkeypatch, "sft", *SMALL, "tracking=none", "name=a", "sft.epochs=1") == 0
+    assert alignkit(monkeypatch, "ppo", *SMALL, "policy=runs/a/sft", "reward.path=runs/a/sft/model") == 2
+    assert "is the product of sft; expected one of reward_model" in capsys.readouterr().err
+    assert alignkit(monkeypatch, "rlhf", *SMALL, "policy=runs/a/sft") == 2
+    assert "policy=runs/a/sft is not used by alignkit rlhf" in capsys.readouterr().err
+
+
+def test_a_model_without_its_tokenizer_is_refused(pretrained, tmp_path, monkeypatch, capsys):
+    """transformers makes up an empty tokenizer for some families; training with it would learn nothing in silence."""
+    monkeypatch.chdir(tmp_path)
+    for file in pretrained.glob("token*"):
+        file.unlink()
+    assert alignkit(monkeypatch, "sft", *SMALL, "model.path=gpt2", "tracking=none") == 2
+    assert "'gpt2' holds no tokenizer" in capsys.readouterr().err

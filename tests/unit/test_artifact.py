@@ -58,7 +58,7 @@ def digest(stage: str, raw: dict, data: str = "bytes", **inputs: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ digests
 
 DECIDES = {
-    "sft": ["seed", "model.hidden_size", "model.path", "sft.learning_rate", "sft.batch", "sft.trainer",
+    "sft": ["seed", "model.hidden_size", "model.revision", "sft.learning_rate", "sft.batch", "sft.trainer",
             "data.num_demonstrations", "data._target_"],
     "reward_model": ["seed", "reward_model.center_coef", "reward_model.batch", "data.label_noise"],
     "ppo": ["seed", "ppo.clip", "ppo.batch", "ppo.minibatch", "ppo.episodes", "ptx.coef", "rollout.temperature",
@@ -388,7 +388,7 @@ def test_what_is_no_model_is_refused_with_the_reason(store, tmp_path):
         str(
             tmp_path / "empty"
         ): "holds neither manifest.json (a finished stage) nor config.json (a Hugging Face model)",
-        str(damaged): "is damaged: model/model.safetensors is missing or cut off; make it again",
+        str(damaged): "is damaged: model/model.safetensors is missing, cut off or changed; make it again",
     }
     for path, reason in reasons.items():
         with pytest.raises(UserError) as refusal:
@@ -405,7 +405,7 @@ def test_an_unfinished_stage_is_refused(store, tmp_path):
 def test_a_manifest_that_was_cut_off_is_refused(store):
     product = make(store)
     (product.path / "manifest.json").write_text('{"digest": ')
-    with pytest.raises(UserError, match="is damaged: manifest.json is missing or cut off"):
+    with pytest.raises(UserError, match="is damaged: manifest.json is missing, cut off or changed"):
         open_artifact(str(product.path))
 
 

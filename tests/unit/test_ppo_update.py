@@ -123,7 +123,7 @@ def config_of(ptx: float = 0.0, kl=None, penalty: float = 1.0, **changes) -> Sim
     return SimpleNamespace(
         seed=0,
         ppo=replace(PPO, **changes),
-        ptx=PtxSettings(coef=ptx, batch=3, max_length=16),
+        ptx=PtxSettings(coef=ptx, path=None, batch=3, max_length=16),
         rollout=Native(temperature=0.9, min_response=0, max_response=6, batch=64),
         reward=RewardModel(path=None, normalise="shift_scale", missing_eos_penalty=penalty),
         advantage=GAE(gamma=1.0, lam=0.95, whiten=True),
@@ -314,7 +314,9 @@ def test_ptx_batches_go_round_and_remember_where_they_are(tiny_tokenizer):
         assert sorted(map(repr, taken[start : start + 3])) == sorted(map(repr, TEXTS))
     assert PtxBatches(TEXTS, 2, seed=0, position=8).take() == taken[8:10]
     with pytest.raises(UserError, match="no demonstrations"):
-        PtxBatches.open([], make_encoder(tiny_tokenizer, None), PtxSettings(coef=0.1, batch=2, max_length=9), 0)
+        PtxBatches.open(
+            [], make_encoder(tiny_tokenizer, None), PtxSettings(coef=0.1, path=None, batch=2, max_length=9), 0
+        )
 
 
 def prompts_of(actors: Actors):
