@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
-import json
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,17 +76,8 @@ class RunConfig:
 
 def conf_dir() -> Path:
     """The folder of the shipped settings: inside the wheel, or at the top of a checkout."""
-    return _shipped("conf", "base.yaml")
-
-
-def recipes_dir() -> Path:
-    """The folder of the shipped recipes: inside the wheel, or at the top of a checkout."""
-    return _shipped("recipes", "rlhf.py")
-
-
-def _shipped(folder: str, sign: str) -> Path:
     package = Path(__file__).resolve().parents[1]
-    return next(place for place in (package / folder, package.parent / folder) if (place / sign).is_file())
+    return next(place for place in (package / "conf", package.parent / "conf") if (place / "base.yaml").is_file())
 
 
 def load(raw: dict[str, Any]) -> RunConfig:
@@ -238,11 +228,6 @@ def _across(parts: dict[str, Any]) -> list[str]:
             f"{longest} tokens, above model.context_length={model.context_length}"
         )
     return faults
-
-
-def to_json(raw: dict[str, Any]) -> str:
-    """Canonical text of plain settings, the same for equal settings."""
-    return json.dumps(raw, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 def with_sources(raw: dict[str, Any]) -> dict[str, Any]:

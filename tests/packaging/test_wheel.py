@@ -71,7 +71,8 @@ def test_the_wheel_holds_the_package_every_setting_and_every_recipe(wheel):
 
 
 def test_the_whole_chain_runs_from_any_folder_with_the_code_of_the_wheel(installed, tmp_path):
-    where = "import alignkit.runtime.config as c; print(c.__file__, c.conf_dir(), c.recipes_dir())"
+    where = "import alignkit.runtime.config as c, alignkit.cli as r; "
+    where += "print(c.__file__, c.conf_dir(), r.find_recipes()['rlhf'])"
     found = succeed(installed / "bin" / "python", "-c", where, cwd=tmp_path).split()
     assert all(Path(place).is_relative_to(installed) for place in found), found
 
