@@ -73,6 +73,10 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
         processing_class=tokenizer,
         callbacks=[make_callback(tracker), ProgressCallback("sft")],
     )
+    if len(trainer.train_dataset) < settings.batch:
+        raise UserError(
+            f"sft.batch={settings.batch} is more than the {len(trainer.train_dataset)} packed rows: lower sft.batch"
+        )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     model = trainer.accelerator.unwrap_model(trainer.model)

@@ -163,6 +163,15 @@ def test_force_runs_a_finished_stage_again(here, monkeypatch, capsys):
     assert "sft: done" in capsys.readouterr().out
 
 
+def test_packing_is_an_option_and_knows_when_too_few_rows_are_left(here, monkeypatch, capsys):
+    words = ["+sft.trainer.packing=true", "tracking=none", "name=p"]
+    assert alignkit(monkeypatch, "sft", *SMALL, *words, "sft.batch=8") == 0
+    steps = rows(here.parent / "p" / "sft" / "metrics.jsonl")[-1]["sft/step"]
+    assert 0 < steps < 2 * 340 // 8, "packed rows hold several demonstrations each"
+    assert alignkit(monkeypatch, "sft", *SMALL, *words, "sft.batch=200") == 2
+    assert "packed rows: lower sft.batch" in capsys.readouterr().err
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_data_saved(here, monkeypatch, capsys):
     words = ["ppo.learning_rate=1.0e+30", "ppo.max_grad_norm=1.0e+30", "tracking=none", "name=h"]
     assert alignkit(monkeypatch, "rlhf", *SMALL, *words) == 1
