@@ -8,7 +8,8 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; two threads on shared cores are slower than one
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "offline"
-os.environ["WANDB_ERROR_REPORTING"] = "false"  # no telemetry thread that looks for a network
+os.environ["WANDB_ERROR_REPORTING"] = "false"
+os.environ["OTEL_SDK_DISABLED"] = "true"  # W&B's own telemetry, whose threads would look for a network
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
