@@ -46,18 +46,14 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
     train, counts = encode(corpus.train.demonstrations, encoder, settings.max_length)
     heldout, heldout_counts = encode(corpus.heldout.demonstrations, encoder, settings.max_length)
     if cluster.is_main:
-        parameters = sum(p.numel() for p in model.parameters())
-        print(f"sft: {parameters / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}, {len(train)} demonstrations")
-        if tokenizer.chat_template == PLAIN_TEMPLATE:
-            print("sft: the model has no chat template; chats become plain `Human: ... Assistant: ...` turns")
-        for side, found in (("", counts), ("held-out ", heldout_counts)):
-            for what, count in found.items():
-                if count:
-                    print(f"sft: {count} {side}{what}: longer than sft.max_length={settings.max_length} tokens")
-        first = corpus.train.demonstrations[0]
-        show_example(
-            "sft example", encoder, encoder.prompt(first.prompt), encoder.response(first.prompt, first.response)
+        tell(
+            model,
+            encoder,
+            corpus.train.demonstrations[0],
+            {"": counts, "held-out ": heldout_counts},
+            settings.max_length,
         )
+        print(f"sft: {len(train)} demonstrations")
     if not heldout:
         raise UserError(f"sft.max_length={settings.max_length}: every held-out prompt is longer; raise it")
 
@@ -87,6 +83,20 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
     if cluster.is_main:
         save_model(model, encoder, job.out / "model")
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "train_rows": len(train)}
+
+
+def tell(model, encoder: Encoder, first: Demonstration, counts: dict[str, dict[str, int]], max_length: int) -> None:
+    """What is about to be trained on what: size, chat template, what was cut or left out, one row."""
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"sft: {parameters / 1e6:.2f} M parameters, vocabulary {len(encoder.tokenizer)}")
+    if encoder.tokenizer.chat_template == PLAIN_TEMPLATE:
+        print("sft: the model has no chat template; chats become plain `Human: ... Assistant: ...` turns")
+    for side, found in counts.items():
+        for what, count in found.items():
+            if count:
+                print(f"sft: {count} {side}{what}: longer than sft.max_length={max_length} tokens")
+    prompt, response = encoder.prompt(first.prompt), encoder.response(first.prompt, first.response)
+    show_example("sft example", encoder, prompt, response)
 
 
 def heldout_loss(model, rows: list[dict], pad_id: int, batch: int, cluster: Cluster) -> float:
