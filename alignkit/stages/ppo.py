@@ -25,7 +25,7 @@ from alignkit.observe.metrics import Max, Mean, Metrics, reduce
 from alignkit.observe.progress import Progress
 from alignkit.reward.source import Answers
 from alignkit.stages.actors import Actors, load_actors, logprobs_of, sample, values_of
-from alignkit.stages.common import prepare, save_model
+from alignkit.stages.common import prepare, save_model, show_example
 from alignkit.stages.ppo_report import Timers, iteration_metrics, sample_rows, save_evidence, summary_of
 from alignkit.stages.ptx import PtxBatches, ptx_backward
 
@@ -46,6 +46,7 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
     ptx = PtxBatches.open(corpus.train.demonstrations, actors.encoder, config.ptx, config.seed)
     if cluster.is_main:
         tell_before(config, len(prompts))
+        show_example("ppo prompt", actors.encoder, prompts[0][1], [])
     progress = Progress("ppo", settings.iterations, cluster.is_main)
     history: list[dict[str, float]] = []
     for iteration in range(settings.iterations):
