@@ -52,9 +52,9 @@ class Run:
 
     def stage(self, name: str, **inputs: Artifact) -> Artifact:
         """The product of a stage: reused if the store has it, else made now. Raises StageFailed with the cause."""
+        self._refuse_what_is_not_used(name)
         if self._lock is None:
             self._open()
-        self._refuse_what_is_not_used(name)
         made_from = {key: item.digest for key, item in inputs.items()} | (self._start() if name == "sft" else {})
         digest = stage_digest(name, self.identity, self.data_digest, made_from)
         with self.store.locked(name, digest):
