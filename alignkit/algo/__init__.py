@@ -1,4 +1,4 @@
 """The mathematics of PPO with KL control: pure functions of tensors. Imports torch and itself, nothing else.
 
-Read in this order: types, masked, sequence, kl, advantage, losses.
+Read in this order: types, masked, sequence, kl, shaping, advantage, losses, control, schedule.
 """

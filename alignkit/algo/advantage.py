@@ -1,44 +1,123 @@
-"""Generalised advantage estimation over responses of different lengths."""
+"""Advantages: what each response token gained over what was expected. With a value model (GAE), or against the other
+responses to the same prompt (RLOO, GRPO), or neither (REINFORCE++).
+
+A strategy is a frozen settings class with `uses_values` (is there a value model?), `min_samples` (responses that a
+prompt must have), `whiten`, `clip`, and a call that returns unwhitened `Advantages`; `normalise` does the rest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from alignkit.schema import Fraction, settings
+from alignkit.schema import Fraction, Positive, settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from alignkit.algo.types import Advantages
+    from alignkit.algo.types import Advantages, ShapedReward
+
+Whiten = Literal["none", "batch", "minibatch"]
 
 
 @settings
 class GAE:
     """gamma: discount per token; lam: how far credit reaches (0: one step, 1: the whole response);
-    whiten: scale the advantages to mean 0 and variance 1 over all response tokens of the iteration, all ranks."""
+    whiten: to mean 0 and variance 1 over the response tokens of the iteration (batch) or of each optimizer step
+    (minibatch), all ranks; clip: then cut to +-clip (null: not)."""
 
     gamma: Fraction
     lam: Fraction
-    whiten: bool
+    whiten: Whiten
+    clip: Positive | None
 
-    def __call__(
-        self, rewards: Tensor, values: Tensor, mask: Tensor, *, gather: Callable[[Tensor], Tensor] | None = None
-    ) -> Advantages:
-        """Advantages and returns. Shapes: all [B, R]; gather as in `masked.whiten` (None: one process)."""
-        from alignkit.algo.masked import whiten
-        from alignkit.algo.types import Advantages
+    uses_values = True
+    min_samples = 1
 
-        advantages, returns = gae(rewards, values, mask, gamma=self.gamma, lam=self.lam)
-        if self.whiten:
-            advantages = whiten(advantages, mask, **({} if gather is None else {"gather": gather}))
-        return Advantages(advantages=advantages, returns=returns)
+    def __call__(self, reward: ShapedReward, values: Tensor, mask: Tensor, samples: int) -> Advantages:
+        """See `gae`. values [B, R] on the slots of reward.mask; mask [B, R]: response tokens."""
+        import torch
+
+        from alignkit.algo.types import Advantages, same_shape
+
+        same_shape(rewards=reward.per_token, values=values, mask=mask)
+        advantages, returns = gae(reward.per_token, values, reward.mask, gamma=self.gamma, lam=self.lam)
+        return Advantages(torch.where(mask, advantages, 0.0), returns)
+
+
+@settings
+class RLOO:
+    """Each response against the mean of the other responses to its prompt; no value model. whiten, clip: as in GAE."""
+
+    whiten: Whiten
+    clip: Positive | None
+
+    uses_values = False
+    min_samples = 2
+
+    def __call__(self, reward: ShapedReward, values: Tensor, mask: Tensor, samples: int) -> Advantages:
+        """A_i = S_i - mean_{j != i} S_j on every token of response i; S: summed reward, KL penalty included.
+
+        Rows i are `samples` responses to a prompt in a row. Source: Kool et al. 2019 (REINFORCE leave-one-out);
+        Ahmadian et al. 2024, arXiv:2402.14740, eq. 8.
+        """
+        groups = _groups(reward, mask, samples)
+        return _on_every_token((groups - groups.mean(dim=1, keepdim=True)) * (samples / (samples - 1)), mask)
+
+
+@settings
+class GRPO:
+    """Each response against the mean of all responses to its prompt; no value model. divide_by_std: also divide by
+    their standard deviation, which changes what is optimised (easy and hard prompts weigh more); whiten, clip: as in
+    GAE."""
+
+    divide_by_std: bool
+    whiten: Whiten
+    clip: Positive | None
+
+    uses_values = False
+    min_samples = 2
+
+    def __call__(self, reward: ShapedReward, values: Tensor, mask: Tensor, samples: int) -> Advantages:
+        """A_i = (S_i - mean_j S_j) [/ (std_j S_j + 1e-4)] on every token of response i; the std divides by samples - 1.
+
+        Source: Shao et al. 2024 (DeepSeekMath), arXiv:2402.03300, section 4.1.2; without the division: Liu et al. 2025
+        (Dr. GRPO), arXiv:2503.20783.
+        """
+        groups = _groups(reward, mask, samples)
+        gained = groups - groups.mean(dim=1, keepdim=True)
+        return _on_every_token(
+            gained / (groups.std(dim=1, keepdim=True) + 1e-4) if self.divide_by_std else gained, mask
+        )
+
+
+@settings
+class ReinforcePlusPlus:
+    """The reward still to come from each token, whitened over the batch; no value model. gamma, whiten, clip: as in
+    GAE."""
+
+    gamma: Fraction
+    whiten: Whiten
+    clip: Positive | None
+
+    uses_values = False
+    min_samples = 1
+
+    def __call__(self, reward: ShapedReward, values: Tensor, mask: Tensor, samples: int) -> Advantages:
+        """A_t = sum_{k >= t} gamma^(k - t) r_k. Source: Hu 2025 (REINFORCE++), arXiv:2501.03262, section 3."""
+        import torch
+
+        from alignkit.algo.types import Advantages, same_shape
+
+        nothing = torch.zeros_like(reward.per_token)
+        same_shape(per_token=reward.per_token, mask=mask)
+        advantages, _ = gae(reward.per_token, nothing, reward.mask, gamma=self.gamma, lam=1.0)
+        return Advantages(torch.where(mask, advantages, 0.0), nothing)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Advantages and returns by generalised advantage estimation.
 
-        delta_t = r_t + gamma * V_{t+1} - V_t,    V after the last response token = 0
+        delta_t = r_t + gamma * V_{t+1} - V_t,    V after the last slot = 0
         A_t = delta_t + gamma * lam * A_{t+1};    returns_t = A_t + V_t  (before any whitening)
 
     Shapes:  rewards, values, mask [B, R] -> two [B, R], 0 on padding. mask is bool, True on a prefix of each row.
@@ -55,10 +134,43 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
     advantages = torch.zeros_like(values)
     carried = torch.zeros_like(values[:, 0])
-    following = torch.zeros_like(carried)  # V_{t+1}; values are 0 on padding, so it is 0 after the last token
+    following = torch.zeros_like(carried)  # V_{t+1}; values are 0 on padding, so it is 0 after the last slot
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * following - values[:, t]
         carried = torch.where(mask[:, t], delta + gamma * lam * carried, 0.0)
         following = values[:, t]
         advantages[:, t] = carried
     return advantages, advantages + values
+
+
+def normalise(advantages: Tensor, mask: Tensor, whiten: Whiten, clip: float | None, *, over: Whiten) -> Tensor:
+    """Whiten and clip advantages [B, R] where their turn has come: `over` says whether these rows are the whole batch
+    of an iteration or one minibatch. Clipping follows whitening."""
+    from alignkit.algo.masked import whiten as whitened
+
+    if whiten == over:
+        advantages = whitened(advantages, mask)
+    due = whiten == over or (whiten == "none" and over == "batch")
+    return advantages.clamp(-clip, clip) if clip is not None and due else advantages
+
+
+def _groups(reward: ShapedReward, mask: Tensor, samples: int) -> Tensor:
+    """Summed reward of each response, [prompts, samples]."""
+    import torch
+
+    from alignkit.algo.types import same_shape
+
+    same_shape(rewards=reward.per_token, mask=mask)
+    rows = len(reward.per_token)
+    if rows % samples:
+        raise ValueError(f"{rows} responses are not a whole number of prompts with {samples} responses each")
+    return torch.where(reward.mask, reward.per_token, 0.0).sum(dim=1).view(-1, samples)
+
+
+def _on_every_token(per_response: Tensor, mask: Tensor) -> Advantages:
+    import torch
+
+    from alignkit.algo.types import Advantages
+
+    advantages = torch.where(mask, per_response.view(-1, 1), 0.0)
+    return Advantages(advantages, torch.zeros_like(advantages))

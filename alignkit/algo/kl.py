@@ -1,21 +1,21 @@
-"""KL between policy and reference: the estimators, and the per-token reward that carries its penalty."""
+"""KL between policy and reference: the estimators, and the KL term of the loss. (In the reward: `shaping`.)"""
 
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from alignkit.algo.sequence import last_token_index
-from alignkit.algo.types import ShapedReward, require_bool, same_shape
+from alignkit.algo.types import require_bool, same_shape
 
 Estimator = Literal["k1", "k2", "k3"]
+LOG_RATIO_LIMIT = 20.0  # nats, before exp: beyond it float32 overflows, and nothing can be learnt from such a token
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, estimator: Estimator = "k1") -> Tensor:
     """Single-sample estimates of KL(policy || reference) per token, 0 on padding.
 
         x = logprobs - ref_logprobs
-        k1 = x;    k2 = x^2 / 2;    k3 = exp(-x) - 1 + x
+        k1 = x;    k2 = x^2 / 2;    k3 = exp(-x) - 1 + x    (-x cut at 20 nats before exp)
 
     Shapes:  all [B, R]; mask bool.   Units: nats.
     k1 is unbiased and may be negative; k3 is unbiased and never negative; k2 is biased, its gradient is not.
@@ -29,23 +29,22 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, estimat
     if estimator == "k2":
         return 0.5 * x * x
     if estimator == "k3":
-        return torch.expm1(-x) + x
+        return torch.expm1((-x).clamp(max=LOG_RATIO_LIMIT)) + x
     raise ValueError(f"estimator must be k1, k2 or k3, got {estimator!r}")
 
 
-def shape_reward(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, coef: float) -> ShapedReward:
-    """The reward of each token: the KL penalty everywhere, the score on the last response token.
+def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, estimator: Estimator) -> Tensor:
+    """The KL term of a loss, per token [B, R], 0 on padding; shapes and units as in `kl_estimate`.
 
-        r_t = - coef * (logprobs_t - ref_logprobs_t) + [t is the last response token] * score
-
-    Shapes:  scores [B]; the rest [B, R]; mask bool with at least one True a row.
-    Units:   reward-model units; coef in reward units per nat.
-    Source:  Ziegler et al. 2019, arXiv:1909.08593, eq. 2; the score sits on the stop token (as OpenRLHF and verl
-             place it), not one past it (N+), so that its credit does not pass through a value of padding.
+    k2: as it is; its gradient, x * grad logprobs, is in expectation that of KL(policy || reference).
+    k3: its value, with the gradient of k2 (straight-through), since its own gradient is that of another divergence.
+    Raises ValueError for k1, whose gradient is 0 in expectation.
+    Source: Schulman 2020; Tang and Munos 2025, arXiv:2506.09477, on the gradients of the three.
     """
-    kl = kl_estimate(logprobs, ref_logprobs, mask)
-    if scores.shape != mask.shape[:1]:
-        raise ValueError(f"expected one score a row, {tuple(mask.shape[:1])}, got {tuple(scores.shape)}")
-    last = last_token_index(mask)[:, None]
-    per_token = (-coef * kl).scatter_add(1, last, scores[:, None].to(kl.dtype))
-    return ShapedReward(per_token=per_token, kl=kl)
+    if estimator == "k1":
+        raise ValueError("k1 in the loss has no gradient in expectation; choose k2 or k3")
+    half_square = kl_estimate(logprobs, ref_logprobs, mask, estimator="k2")
+    if estimator == "k2":
+        return half_square
+    value = kl_estimate(logprobs, ref_logprobs, mask, estimator="k3")
+    return half_square + (value - half_square).detach()

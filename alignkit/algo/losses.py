@@ -1,44 +1,64 @@
-"""The clipped losses of PPO and the language-model loss, as sums over tokens. Masked before `exp`: padding cannot
-make NaN, and no gradient reaches it."""
+"""The losses of PPO per token and their aggregation; the language-model and pairwise losses as sums. Masked before
+`exp`: padding cannot make NaN, and no gradient reaches it."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from alignkit.algo.kl import LOG_RATIO_LIMIT
 from alignkit.algo.types import Summed, require_bool, same_shape
+
+Aggregation = Literal["token_mean", "seq_mean_token_mean"]
 
 
 def clipped_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float
-) -> tuple[Summed, Tensor]:
-    """PPO's clipped surrogate, negated, summed over response tokens; and where the clip was active.
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate, negated, per response token; and where a clip was active.
 
-        loss = - sum_t mask_t * min(ratio_t * A_t, clamp(ratio_t, 1 - clip, 1 + clip) * A_t)
         ratio_t = exp(logprobs_t - old_logprobs_t)
+        gain_t = min(ratio_t * A_t, clamp(ratio_t, 1 - clip, 1 + clip_high) * A_t)
+        with dual_clip c, where A_t < 0:  gain_t = max(gain_t, c * A_t);    loss_t = -gain_t
 
-    Shapes:  all [B, R]; mask bool, True on sampled tokens, stop token included. Returns Summed and [B, R] bool.
-    Units:   log-probabilities in nats at the sampling temperature; advantages dimensionless once whitened.
-    Raises:  ValueError if shapes differ, if mask is not bool, or unless 0 < clip < 1.
-    Source:  Schulman et al. 2017, arXiv:1707.06347, eq. 7.
+    Shapes:  all [B, R]; mask bool, True on sampled tokens, stop token included. Returns [B, R] and [B, R] bool, 0 and
+             False on padding; `aggregate` makes one number of it. clip_high: None means `clip`.
+    Units:   log-probabilities in nats at the sampling temperature, their difference cut at 20 nats before exp;
+             advantages dimensionless once whitened.
+    Raises:  ValueError if shapes differ, if mask is not bool, or unless 0 < clip < 1, clip_high > 0, dual_clip > 1.
+    Source:  Schulman et al. 2017, arXiv:1707.06347, eq. 7; two ranges: Yu et al. 2025 (DAPO), arXiv:2503.14476, eq. 10;
+             dual clip: Ye et al. 2020, arXiv:1912.09729, eq. 5.
     """
     same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
     require_bool(mask=mask)
-    if not 0 < clip < 1:
-        raise ValueError(f"clip must be in (0, 1), got {clip}")
-    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()
+    high = clip if clip_high is None else clip_high
+    if not (0 < clip < 1 and high > 0 and (dual_clip is None or dual_clip > 1)):
+        raise ValueError(f"expected 0 < clip < 1, clip_high > 0, dual_clip > 1, got {clip}, {clip_high}, {dual_clip}")
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     advantages = torch.where(mask, advantages, 0.0)
-    free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
-    gain = torch.minimum(free, clipped)
-    return Summed(-gain.sum(), mask.sum()), clipped < free
+    free = ratio * advantages
+    gain = torch.minimum(free, ratio.clamp(1 - clip, 1 + high) * advantages)
+    if dual_clip is not None:
+        gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
+    return -gain, gain != free
 
 
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None
-) -> tuple[Summed, Tensor]:
-    """Half the squared error of the values, the larger of plain and clipped, summed; and where the clip was active.
+) -> tuple[Tensor, Tensor]:
+    """Half the squared error of the values, the larger of plain and clipped; and where the clip was active.
 
-        loss = 1/2 sum_t mask_t * max((V_t - G_t)^2, (clamp(V_t, Vold_t - clip, Vold_t + clip) - G_t)^2)
+        loss_t = 1/2 max((V_t - G_t)^2, (clamp(V_t, Vold_t - clip, Vold_t + clip) - G_t)^2)
 
-    Shapes:  all [B, R]; mask bool. Returns Summed and [B, R] bool.
+    Shapes:  all [B, R]; mask bool. Returns [B, R] and [B, R] bool, 0 and False on padding.
     Units:   reward-model units; clip likewise (None: no clipping).
     Raises:  ValueError if shapes differ, if mask is not bool, or if clip is not positive.
     Source:  Ziegler et al. 2019 code; Huang et al. 2024, arXiv:2403.17031.
@@ -49,9 +69,28 @@ def clipped_value_loss(
         raise ValueError(f"clip must be positive, got {clip}")
     free = torch.where(mask, values - returns, 0.0).square()
     if clip is None:
-        return Summed(0.5 * free.sum(), mask.sum()), torch.zeros_like(mask)
-    held = torch.where(mask, old_values + (values - old_values).clamp(-clip, clip) - returns, 0.0).square()
-    return Summed(0.5 * torch.maximum(free, held).sum(), mask.sum()), held > free
+        return 0.5 * free, torch.zeros_like(mask)
+    held = torch.where(mask, values.clamp(old_values - clip, old_values + clip) - returns, 0.0).square()
+    return 0.5 * torch.maximum(free, held), held > free
+
+
+def aggregate(per_token: Tensor, mask: Tensor, how: Aggregation, *, tokens: int, rows: int) -> Tensor:
+    """This part's share of the loss of an optimizer step; the shares of all micro-batches and ranks add up to it.
+
+        token_mean:           sum_t loss_t / tokens                         every token weighs the same
+        seq_mean_token_mean:  sum_rows (mean_t loss_t) / rows               every response weighs the same
+
+    Shapes: per_token, mask [B, R] -> []. tokens, rows: of the whole step, over all micro-batches and ranks.
+    Source: the second is what a micro-batch of one row computes in the N+ code (Huang et al. 2024, arXiv:2403.17031).
+    """
+    same_shape(per_token=per_token, mask=mask)
+    require_bool(mask=mask)
+    per_token = torch.where(mask, per_token, 0.0)
+    if how == "token_mean":
+        return per_token.sum() / tokens
+    if how != "seq_mean_token_mean":
+        raise ValueError(f"how must be token_mean or seq_mean_token_mean, got {how!r}")
+    return (per_token.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / rows
 
 
 def negative_log_likelihood(logprobs: Tensor, mask: Tensor) -> Summed:

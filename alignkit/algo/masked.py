@@ -1,18 +1,9 @@
-"""Sums, moments and whitening over the True entries of a mask, ready to be added up over ranks."""
-
-from collections.abc import Callable
+"""Moments and whitening over the True entries of a mask."""
 
 import torch
 from torch import Tensor
 
 from alignkit.algo.types import require_bool, same_shape
-
-
-def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum of `values` where `mask`; NaN or inf under a False mask do not matter. Shapes equal, mask bool."""
-    same_shape(values=values, mask=mask)
-    require_bool(mask=mask)
-    return torch.where(mask, values, 0.0).sum()
 
 
 def moments(values: Tensor, mask: Tensor) -> Tensor:
@@ -36,25 +27,17 @@ def merge_moments(parts: Tensor) -> Tensor:
     return torch.stack([total, merged, squares.sum() + (count * (mean - merged) ** 2).sum()])
 
 
-def whiten(
-    values: Tensor,
-    mask: Tensor,
-    *,
-    shift_mean: bool = True,
-    gather: Callable[[Tensor], Tensor] = lambda part: part[None],
-) -> Tensor:
-    """Scale the masked values to unit variance over all ranks; 0 where not masked.
+def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """Scale the masked values to unit variance; 0 where not masked.
 
         y = (x - mean) / sqrt(variance + 1e-8)  [+ mean  if not shift_mean]
 
-    Shapes:  values, mask [B, R]; returns [B, R].
-    gather:  [3] moments of this rank -> [ranks, 3]; the default is one process.
+    Shapes:  values, mask [B, R], the rows of all ranks; returns [B, R].
     The variance is the biased one (divided by the count), as in the published code.
     Source:  Ziegler et al. 2019 code `whiten`; Huang et al. 2024 (N+), arXiv:2403.17031, detail on whitening.
     """
-    count, mean, squares = merge_moments(gather(moments(values, mask)))
-    variance = squares / count.clamp(min=1)
-    whitened = (values.double() - mean) * torch.rsqrt(variance + 1e-8)
+    count, mean, squares = moments(values, mask)
+    whitened = (values.double() - mean) * torch.rsqrt(squares / count.clamp(min=1) + 1e-8)
     if not shift_mean:
         whitened = whitened + mean
     return torch.where(mask, whitened, 0.0).to(values.dtype)

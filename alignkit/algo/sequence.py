@@ -44,4 +44,4 @@ def token_entropy(logits: Tensor) -> Tensor:
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logp = logits.log_softmax(dim=-1)
-    return -torch.where(logp.isneginf(), 0.0, logp.exp() * logp).sum(dim=-1)
+    return -(logp.exp() * logp.masked_fill(logp.isneginf(), 0.0)).sum(dim=-1)  # masked first, or its gradient is NaN

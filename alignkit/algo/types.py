@@ -63,15 +63,17 @@ class ScoredRollout:
 
 @dataclass(frozen=True)
 class ShapedReward:
-    """per_token [B, R]: -coef * kl plus the score on the last response token; kl [B, R]: the k1 estimate, nats."""
+    """per_token [B, R]: -coef * kl plus the score on the last slot; kl [B, R]: the k1 estimate, nats; mask [B, R]: the
+    slots, which are the response tokens and with `eos_plus_one` one more."""
 
     per_token: Tensor
     kl: Tensor
+    mask: Tensor
 
 
 @dataclass(frozen=True)
 class Advantages:
-    """advantages [B, R] (whitened over all ranks if so set) and returns [B, R], the value model's target."""
+    """advantages [B, R] of the response tokens; returns [B, R], the value model's target on the slots of the reward."""
 
     advantages: Tensor
     returns: Tensor
@@ -79,12 +81,15 @@ class Advantages:
 
 @dataclass(frozen=True)
 class Minibatch:
-    """The rows of one optimizer step (or of one micro-batch of it) on this rank; fields as above."""
+    """The rows of one optimizer step (or of one micro-batch of it) on this rank; fields as above, value_mask the slots
+    that have a value."""
 
     tokens: Tensor
     mask: Tensor
     response_mask: Tensor
+    value_mask: Tensor
     old_logprobs: Tensor
+    ref_logprobs: Tensor
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
@@ -95,14 +100,15 @@ class Minibatch:
     def rows(self, index: Tensor) -> "Minibatch":
         """The given rows, trimmed to the longest prompt and response among them."""
         picked = {field.name: getattr(self, field.name)[index] for field in fields(self)}
-        keep, length = _trimmed(picked["mask"], picked["response_mask"])
+        keep, length = _trimmed(picked["mask"], picked["value_mask"])
         for name, value in picked.items():
             picked[name] = value[:, keep] if name in ("tokens", "mask") else value[:, :length]
         return Minibatch(**picked)
 
     def only(self, real: Tensor) -> "Minibatch":
         """The same rows, nothing to learn in those where `real` [B] is False: ranks with fewer rows stay in step."""
-        return replace(self, response_mask=self.response_mask & real[:, None])
+        kept = real[:, None]
+        return replace(self, response_mask=self.response_mask & kept, value_mask=self.value_mask & kept)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,25 @@
 """Loading and saving of models in plain Hugging Face format, and the small model built from scratch."""
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from alignkit.data.tokens import Encoder
 from alignkit.errors import UserError
-from alignkit.models.settings import ModelSettings
+from alignkit.models.adapters import apply_adapter, merge
+from alignkit.models.settings import ModelSettings, adapter_facts
 from alignkit.models.tokenizer import (
     PLAIN_TEMPLATE,
     end_of_turn,
@@ -22,19 +31,20 @@ from alignkit.models.tokenizer import (
 )
 
 
-def start_policy(spec: ModelSettings, texts) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def start_policy(
+    spec: ModelSettings, texts, quantization: dict[str, Any] | None = None
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The model that SFT starts from, with its tokenizer: PAD apart from EOS, embeddings resized once, here; a model
-    that knows no chat gets a plain template, which SFT then teaches it."""
+    that knows no chat gets a plain template, which SFT then teaches it. quantization: see `adapters.quantization`."""
     if spec.path is None:
         tokenizer = learn_tokenizer(texts(), spec.vocab_size)
         model = build_model(spec, tokenizer)
     else:
         tokenizer = load_tokenizer(spec.path, spec.revision, spec.trust_remote_code)
-        model = load_causal(spec.path, spec.revision, spec.trust_remote_code)
+        model = load_causal(spec.path, spec.revision, spec.trust_remote_code, **(quantization or {}))
         ensure_pad(tokenizer)
         tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
-        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+        grow_embeddings(model, len(tokenizer))
     tokenizer.padding_side = "left"
     model.config.pad_token_id = tokenizer.pad_token_id
     stops = find_stop_ids(tokenizer, model.generation_config)
@@ -63,25 +73,46 @@ def build_model(spec: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> nn.M
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def load_causal(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> nn.Module:
-    """A causal language model in float32 from a folder or Hub id. Raises UserError with the reason."""
-    return _load(AutoModelForCausalLM, path, revision=revision, trust_remote_code=trust_remote_code)
+def grow_embeddings(model: nn.Module, size: int) -> None:
+    """Make room for `size` tokens. Each new row is the mean of the old ones: a function of the base alone, so that an
+    adapter folder need not hold it."""
+    old = model.get_input_embeddings().weight.shape[0]
+    if size <= old:
+        return
+    model.resize_token_embeddings(size, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:
+                layer.weight[old:] = layer.weight[:old].mean(dim=0)
+
+
+def load_causal(
+    path: str | Path, revision: str | None = None, trust_remote_code: bool = False, **options: Any
+) -> nn.Module:
+    """A causal language model in float32 from a folder or Hub id; an adapter comes merged into its base. options:
+    transformers' own. Raises UserError with the reason."""
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, **options}
+    if adapter_facts(path) is None:
+        return _load(AutoModelForCausalLM, path, **options)
+    base, options = _base(path, options)
+    return _put_on(load_causal(base, **options), Path(path))
 
 
 def load_scorer(path: str | Path) -> nn.Module:
-    """A one-label sequence classifier in float32 from a folder or Hub id. Raises UserError with the reason."""
-    model = _load(AutoModelForSequenceClassification, path)
+    """A one-label sequence classifier in float32 from a folder or Hub id; an adapter comes merged into its base.
+    Raises UserError with the reason."""
+    model = _load_classifier(path)
     if model.config.num_labels != 1:
         raise UserError(f"'{path}' has {model.config.num_labels} labels; a reward model has one score (num_labels: 1)")
     return model
 
 
-def scorer_from_policy(path: str | Path, seed: int) -> nn.Module:
-    """The backbone of a causal model with a fresh scalar head, weights N(0, 1/(d+1)).
+def scorer_from_policy(path: str | Path, seed: int, **options: Any) -> nn.Module:
+    """The backbone of a causal model with a fresh scalar head, weights N(0, 1/(d+1)). options: transformers' own.
 
     Source: Stiennon et al. 2020 code; Huang et al. 2024, arXiv:2403.17031 (reward-head initialisation).
     """
-    model = _load(AutoModelForSequenceClassification, path, num_labels=1)
+    model = _load_classifier(path, num_labels=1, **options)
     head = scalar_head(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -136,7 +167,8 @@ def disable_dropout(model: nn.Module) -> None:
 def model_folder(path: str | Path) -> Path:
     """The folder with the weights: `model/` of a finished stage, or the folder itself."""
     path = Path(path)
-    return path / "model" if (path / "model" / "config.json").is_file() else path
+    held = (path / "model" / name for name in ("config.json", "adapter_config.json"))
+    return path / "model" if any(file.is_file() for file in held) else path
 
 
 def read_manifest(path: str | Path) -> dict:
@@ -145,11 +177,58 @@ def read_manifest(path: str | Path) -> dict:
     return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
-def _load(factory, path: str | Path, **options) -> nn.Module:
+def _load(factory, path: str | Path, **options: Any) -> nn.Module:
     try:
-        return factory.from_pretrained(str(path), dtype=torch.float32, use_safetensors=True, **options)
+        model = factory.from_pretrained(str(path), dtype=torch.float32, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"no model could be loaded from '{path}': {first_line(error)}") from error
+    if hasattr(model, "peft_config"):  # a Hub id of an adapter, which transformers has put on its base
+        merge(model)
+    return model
+
+
+def _load_classifier(path: str | Path, **options: Any) -> nn.Module:
+    """A sequence classifier; on a causal model's weights its head is random."""
+    facts = adapter_facts(path)
+    if facts is None:
+        return _load(AutoModelForSequenceClassification, path, **options)
+    if facts.get("task_type") == "SEQ_CLS":
+        base, options = _base(path, {**options, "num_labels": 1})
+        return _put_on(_load_classifier(base, **options), Path(path))
+    labels = options.pop("num_labels", None)
+    causal = load_causal(path, **options)
+    config = copy.deepcopy(causal.config)
+    config.num_labels = labels or config.num_labels
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    model.base_model.load_state_dict(causal.base_model.state_dict())
+    return model
+
+
+def _base(path: str | Path, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The base of an adapter folder and the options to load it with. Raises UserError if it is gone."""
+    facts = adapter_facts(path)
+    base = str(facts["base_model_name_or_path"])
+    if Path(base).is_absolute() and not Path(base).exists():
+        raise UserError(
+            f"'{path}' is an adapter and its base '{base}' is not there: put it back, or write its place into "
+            "base_model_name_or_path in adapter_config.json"
+        )
+    if "quantization_config" in options:
+        raise UserError(
+            f"'{path}' is an adapter, which cannot be merged into a quantised base: make it with peft.merge=true first"
+        )
+    return base, {**options, "revision": facts.get("revision")}
+
+
+def _put_on(model: nn.Module, folder: Path) -> nn.Module:
+    """The base with the adapter in `folder` merged in, and what else the folder says of the model."""
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = load_tokenizer(folder)
+        grow_embeddings(model, len(tokenizer))
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    return apply_adapter(model, folder)
 
 
 def require_context(model: nn.Module, tokens: int, settings: str) -> None:

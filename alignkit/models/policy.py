@@ -23,4 +23,4 @@ def response_logprobs(
     ).logits[:, :-1]
     logits = rule.apply(logits, start=0)
     logprobs = token_logprobs(logits, tokens[:, -num_response:])
-    return logprobs, token_entropy(logits.detach()) if entropy else None
+    return logprobs, token_entropy(logits) if entropy else None

@@ -1,6 +1,8 @@
 """A backbone with one number at every position: the reward model and the value model."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,9 @@ from torch import Tensor, nn
 from alignkit.algo.sequence import last_token_index, position_ids
 from alignkit.data.tokens import Encoder
 from alignkit.errors import UserError
+from alignkit.models.adapters import adapters_off, add_adapter
 from alignkit.models.loading import disable_dropout, load_encoder, load_scorer, scalar_head
+from alignkit.models.settings import PeftSettings
 from alignkit.models.tokenizer import same_tokens
 
 
@@ -29,20 +33,93 @@ class ScalarModel(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens [B, T] int64, mask [B, T] bool -> [B, T]; positions under a False mask hold no meaning."""
-        hidden = self.classifier.base_model(
+        return self.head(self.hidden(tokens, mask)).squeeze(-1) + self.bias
+
+    @property
+    def head(self) -> nn.Linear:
+        """The layer that turns hidden states into the scalar."""
+        return scalar_head(self.classifier)
+
+    def hidden(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Last hidden states [B, T, d] of the backbone; to be called from `forward` alone."""
+        return self.classifier.base_model(
             input_ids=tokens, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
         ).last_hidden_state
-        return scalar_head(self.classifier)(hidden).squeeze(-1) + self.bias
 
     def absorb_affine(self, mean: float, std: float) -> None:
         """Make the output (scalar - mean) / std, so that a value model copied from a reward model starts in the units
         of the normalised reward that PPO pays."""
-        head = scalar_head(self.classifier)
         with torch.no_grad():
-            head.weight.div_(std)
-            if head.bias is not None:
-                head.bias.div_(std)
+            self.head.weight.div_(std)
+            if self.head.bias is not None:
+                self.head.bias.div_(std)
             self.bias.sub_(mean).div_(std)
+
+
+class SharedScalar(ScalarModel):
+    """Value model and reward model on one set of base weights:
+
+        forward(...)[b, t] = value_head(backbone with adapter)[b, t] + bias
+        score(...)[b, t]   = score(backbone without adapter)[b, t], what `ScalarModel(classifier)` computed before
+
+    The adapter starts as the identity and the value head as a copy of the reward model's; they and the bias are all
+    that is trained. Both readings go through the root's forward, so that all of the network's hooks run.
+    """
+
+    def __init__(self, classifier: nn.Module, settings: PeftSettings) -> None:
+        super().__init__(classifier)
+        self.value_head = copy.deepcopy(scalar_head(classifier)).requires_grad_(True)
+        self.scores = False
+        add_adapter(classifier, settings, "SEQ_CLS")
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """See `ScalarModel.forward`: the value; inside `score`, the reward model's scalar."""
+        if self.scores:
+            return scalar_head(self.classifier)(self.hidden(tokens, mask)).squeeze(-1)
+        return super().forward(tokens, mask)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The value's own layer."""
+        return self.value_head
+
+    @torch.no_grad()
+    def score(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The frozen reward model's scalar at every position, [B, T]; `score_sequences(shared.score, ...)` reads it."""
+        self.scores = True
+        try:
+            with adapters_off(self):
+                return self(tokens, mask)
+        finally:
+            self.scores = False
+
+
+class PromptedScalar(nn.Module):
+    """The same call as ScalarModel's for a classifier behind learnt tokens (peft's wrapper); padding on the right.
+
+    From then on the wrapper's own forward, which trainers call, reads the last real token too: behind learnt tokens
+    transformers' classifiers see no ids and read the last position, which in a padded row is PAD.
+    """
+
+    def __init__(self, wrapper: nn.Module) -> None:
+        super().__init__()
+        self.classifier = wrapper
+        inner = wrapper.get_base_model()
+        inner.score.register_forward_hook(self._keep)
+        inner.register_forward_hook(self._read, with_kwargs=True)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """tokens [B, T] int64, mask [B, T] bool -> [B, T]; positions under a False mask hold no meaning."""
+        self.classifier(input_ids=tokens, attention_mask=mask.long(), use_cache=False)
+        return self.scalars[:, -tokens.shape[1] :]
+
+    def _keep(self, layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.scalars = output.squeeze(-1)
+
+    def _read(self, inner: nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
+        mask = named.get("attention_mask")
+        if mask is not None and named.get("inputs_embeds") is not None:
+            output.logits = self.scalars.gather(1, last_token_index(mask.bool())[:, None])
 
 
 def load_scalar(folder: Path, encoder: Encoder) -> ScalarModel:

@@ -1,8 +1,30 @@
-"""Which model a run starts from."""
+"""Which model a run starts from, and which small part of it is trained instead of the whole."""
 
-from typing import Literal
+import ast
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
 
+from alignkit.errors import UserError
 from alignkit.schema import Count, settings
+
+CONFIG_CLASS = {  # of peft, by method
+    "lora": "LoraConfig",
+    "ia3": "IA3Config",
+    "prefix": "PrefixTuningConfig",
+    "prompt": "PromptTuningConfig",
+    "p_tuning": "PromptEncoderConfig",
+}
+PROMPT_METHODS = ("prefix", "prompt", "p_tuning")  # learnt tokens before the first one, no change of any weight
+MUST_STAY = {  # else the adapter changes the base or does not start as the identity, and cannot be switched off
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian"),
+    "init_ia3_weights": (True,),
+    "layer_replication": (None,),
+    "target_parameters": (None,),
+    "trainable_token_indices": (None,),
+}
 
 
 @settings
@@ -25,3 +47,90 @@ class ModelSettings:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}")
         if self.vocab_size < 262:
             raise ValueError(f"vocab_size={self.vocab_size} must be at least 262: 256 bytes and 6 special tokens")
+
+
+@settings
+class PeftSettings:
+    """Parameter-efficient training: `settings` go to the config class that peft has for `method` (bitfit, the training
+    of all biases, is our own), `quantization` to transformers' BitsAndBytesConfig when the frozen base is loaded;
+    `merge`: the stage hands on plain weights, the adapter beside them, instead of the adapter alone."""
+
+    method: Literal["none", "lora", "ia3", "prefix", "prompt", "p_tuning", "bitfit"]
+    settings: dict[str, Any]
+    quantization: dict[str, Any]
+    merge: bool
+
+    def __post_init__(self) -> None:
+        if self.method in ("none", "bitfit") and self.settings:
+            raise ValueError(f"method={self.method} has no settings, got settings={self.settings}")
+        if self.method == "none" and self.merge:
+            raise ValueError("merge=True has nothing to merge with method=none")
+        if self.method == "bitfit" and not self.merge:
+            raise ValueError(
+                "merge=False does not go with method=bitfit: biases are part of the weights; set merge=True"
+            )
+        if self.method in PROMPT_METHODS and self.merge:
+            raise ValueError(f"merge=True does not go with method={self.method}: learnt tokens are no part of a weight")
+        if self.method != "lora" and self.quantization:
+            raise ValueError(f"quantization={self.quantization} needs method=lora, got method={self.method}")
+        for key, allowed in MUST_STAY.items():
+            if key in self.settings and self.settings[key] not in allowed:
+                raise ValueError(
+                    f"settings.{key}={self.settings[key]!r}: expected {' or '.join(map(repr, allowed))}, as otherwise "
+                    "the adapter could not be switched off or put on its base again"
+                )
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Learnt tokens before the first real one."""
+        return self.settings.get("num_virtual_tokens", 0) if self.method in PROMPT_METHODS else 0
+
+    def clashes(self, start: str | None, processes: int) -> list[str]:
+        """What does not go with the rest of the run; start: the model that there is to start from."""
+        faults = []
+        if self.method != "none" and start is None:
+            faults.append(
+                f"peft.method={self.method}: with model.path=null the model starts from random weights, which an "
+                "adapter would freeze; set model.path=FOLDER or a Hub id"
+            )
+        if self.quantization and processes > 1:
+            faults.append(f"peft.quantization runs on one GPU, got launch.processes={processes}; choose peft=lora")
+        return faults
+
+    def known_keys(self) -> list[str]:
+        """The keys that `settings` may have, read from peft's source, as importing peft would import torch; [] if that
+        cannot be found: then peft itself says what is wrong, when the stage starts."""
+        found, wanted = find_spec("peft"), (CONFIG_CLASS.get(self.method), "PromptLearningConfig")
+        if found is None or wanted[0] is None:
+            return []
+        folder = Path(found.submodule_search_locations[0])
+        files = [file for file in folder.glob("tuners/*/config.py") if f"class {wanted[0]}(" in file.read_text("utf-8")]
+        files += [folder / "config.py"] if self.method in PROMPT_METHODS else []
+        classes = [node for file in files for node in ast.parse(file.read_text("utf-8")).body]
+        bodies = [node.body for node in classes if isinstance(node, ast.ClassDef) and node.name in wanted]
+        return [line.target.id for body in bodies for line in body if isinstance(line, ast.AnnAssign)]
+
+
+def refuse_in_ppo(peft: PeftSettings) -> None:
+    """Raise UserError for the methods that PPO cannot train."""
+    if peft.method in PROMPT_METHODS:
+        raise UserError(
+            f"peft.method={peft.method}: PPO cannot train learnt tokens: it calls the network's parts directly, which "
+            "skips them, and counts positions, which they shift; choose lora, ia3 or bitfit, or run only alignkit sft "
+            "or alignkit reward_model with it"
+        )
+    if peft.quantization:
+        raise UserError(
+            "peft.quantization: PPO shards its models with FSDP2, which cannot split quantised weights; run alignkit "
+            "sft or alignkit reward_model with peft=qlora, then PPO with peft=lora"
+        )
+
+
+def adapter_facts(folder: str | Path) -> dict[str, Any] | None:
+    """What an adapter folder says of itself (base_model_name_or_path, revision, task_type, ...); None if `folder` is
+    no local adapter folder. Raises UserError if it names no base."""
+    file = Path(folder).expanduser() / "adapter_config.json"
+    facts = json.loads(file.read_text("utf-8")) if file.is_file() else None
+    if facts is not None and not facts.get("base_model_name_or_path"):
+        raise UserError(f"'{file}' has no base_model_name_or_path: write the place of the adapter's base there")
+    return facts

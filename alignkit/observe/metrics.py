@@ -43,26 +43,6 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Sum:
-    """A count of tokens, rows or seconds of work, added over micro-batches and ranks."""
-
-    value: Scalar
-
-    def merge(self, other: "Sum") -> "Sum":
-        return Sum(self.value + other.value)
-
-    def parts(self) -> Parts:
-        return (self.value,), ()
-
-    @classmethod
-    def from_parts(cls, sums: Iterator[float], maxima: Iterator[float]) -> "Sum":
-        return cls(next(sums))
-
-    def result(self) -> float:
-        return float(self.value)
-
-
-@dataclass(frozen=True)
 class Max:
     """The largest value anywhere. A rank that has none contributes `Max(-math.inf)`."""
 
@@ -82,50 +62,7 @@ class Max:
         return float(self.value)
 
 
-@dataclass(frozen=True)
-class Min:
-    """The smallest value anywhere. A rank that has none contributes `Min(math.inf)`."""
-
-    value: Scalar
-
-    def merge(self, other: "Min") -> "Min":
-        return Min(-_larger(-self.value, -other.value))
-
-    def parts(self) -> Parts:
-        return (), (-self.value,)
-
-    @classmethod
-    def from_parts(cls, sums: Iterator[float], maxima: Iterator[float]) -> "Min":
-        return cls(-next(maxima))
-
-    def result(self) -> float:
-        return float(self.value)
-
-
-@dataclass(frozen=True)
-class Last:
-    """The newest value of something that all ranks agree on: a learning rate, a coefficient.
-
-    It crosses the ranks as a maximum, which is the value itself where they agree.
-    """
-
-    value: Scalar
-
-    def merge(self, other: "Last") -> "Last":
-        return other
-
-    def parts(self) -> Parts:
-        return (), (self.value,)
-
-    @classmethod
-    def from_parts(cls, sums: Iterator[float], maxima: Iterator[float]) -> "Last":
-        return cls(next(maxima))
-
-    def result(self) -> float:
-        return float(self.value)
-
-
-Metric = Mean | Sum | Max | Min | Last
+Metric = Mean | Max
 
 
 class Metrics(Mapping[str, Metric]):

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from alignkit.errors import UserError
-from alignkit.schema import NonNegative, settings
+from alignkit.schema import settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from alignkit.data.tokens import Encoder
     from alignkit.models.scalar import ScalarModel
+    from alignkit.models.settings import PeftSettings
     from alignkit.reward.source import Answers
     from alignkit.runtime.sharding import Cluster
 
@@ -22,18 +23,17 @@ if TYPE_CHECKING:
 @settings
 class RewardModel:
     """path: the reward model's folder (null: the one that the chain has just trained); normalise: by the score's mean
-    (shift) and deviation (scale) on reference responses; missing_eos_penalty: taken off the score of a response that
-    did not end within max_response tokens, in normalised units."""
+    (shift) and deviation (scale) on reference responses, as the reward model's artifact has them."""
 
     path: str | None
     normalise: Literal["none", "shift", "shift_scale"]
-    missing_eos_penalty: NonNegative
 
-    def open(self, folder: Path, encoder: Encoder, cluster: Cluster) -> ModelSource:
-        """Load and shard the reward model in `folder`. Raises UserError if it cannot score these tokens, or if the
-        score is to be normalised and nobody measured by what."""
-        from alignkit.models.loading import model_folder, read_manifest
-        from alignkit.models.scalar import load_scalar
+    def open(self, folder: Path, encoder: Encoder, cluster: Cluster, peft: PeftSettings | None = None) -> ModelSource:
+        """Load and shard the reward model in `folder`; with `peft` the value model is an adapter on the same weights.
+        Raises UserError if it cannot score these tokens, or if the score is to be normalised and nobody measured by
+        what."""
+        from alignkit.models.loading import disable_dropout, model_folder, read_manifest
+        from alignkit.models.scalar import SharedScalar, load_scalar
 
         measured = read_manifest(folder).get("metrics", {})
         mean, std = 0.0, 1.0
@@ -44,24 +44,31 @@ class RewardModel:
                     "set reward.normalise=none"
                 )
             mean, std = measured["score_mean"], measured["score_std"] if self.normalise == "shift_scale" else 1.0
-        scorer = cluster.shard(load_scalar(model_folder(folder), encoder), trainable=False)
-        return ModelSource(scorer, mean, std, lambda: load_scalar(model_folder(folder), encoder))
+
+        def fresh_value() -> ScalarModel:
+            value = load_scalar(model_folder(folder), encoder)
+            value.absorb_affine(mean, std)
+            return cluster.shard(value, trainable=True)
+
+        if peft is None:
+            scorer = cluster.shard(load_scalar(model_folder(folder), encoder), trainable=False)
+            return ModelSource(scorer, mean, std, fresh_value)
+        shared = SharedScalar(load_scalar(model_folder(folder), encoder).classifier, peft)
+        disable_dropout(shared.classifier)
+        shared.absorb_affine(mean, std)
+        cluster.shard(shared, trainable=True)
+        return ModelSource(shared.score, mean, std, lambda: shared)
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A (sharded) ScalarModel as a reward source; `fresh` loads it once more, whole."""
+    """A (sharded) scalar model, or its reading without an adapter, as a reward source. initial_value: makes a value
+    model that starts as this reward, in the units that PPO pays."""
 
-    model: nn.Module
+    model: Callable[[Tensor, Tensor], Tensor]
     mean: float
     std: float
-    fresh: Callable[[], ScalarModel] | None = None
-
-    def initial_value(self) -> ScalarModel:
-        """A value model that starts as this reward, in the units that PPO pays."""
-        value = self.fresh()
-        value.absorb_affine(self.mean, self.std)
-        return value
+    initial_value: Callable[[], nn.Module] | None = None
 
     def score(self, answers: Answers, microbatch: int) -> Tensor:
         """See `RewardSource.score`; the score is read at the response's last token."""

@@ -25,12 +25,8 @@ class Answers:
 
 
 class Reward(Protocol):
-    """A frozen settings class with these is a reward: one file and one YAML.
-
-    missing_eos_penalty: taken off the score of a response that did not end by itself.
-    """
-
-    missing_eos_penalty: float
+    """A frozen settings class with this method is a reward: one file and one YAML. What happens to its scores before
+    they are paid (clipping, a missing EOS, length) is `shaping`, the same for every source."""
 
     def open(self, folder: Path, encoder: Encoder, cluster: Cluster) -> RewardSource:
         """Ready to score. folder: the reward model of the chain; sources of another kind need not look at it."""
@@ -38,8 +34,8 @@ class Reward(Protocol):
 
 
 class RewardSource(Protocol):
-    """Scores whole responses; higher is better. One that has `initial_value() -> ScalarModel` gives PPO's value model
-    its first weights; otherwise that starts from the policy with a fresh head."""
+    """Scores whole responses; higher is better. One that has `initial_value() -> nn.Module` gives PPO its value model,
+    sharded; otherwise that starts from the policy with a fresh head."""
 
     def score(self, answers: Answers, microbatch: int) -> Tensor:
         """One score a response, [B] in float32 or better, on the rollout's device. Called on every rank with its own

@@ -22,18 +22,19 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import UserError
+from alignkit.models.settings import adapter_facts
 
 SECTIONS = {
-    "sft": ("model", "data", "sft"),
-    "reward_model": ("data", "reward_model"),
-    "ppo": ("data", "ppo", "ptx", "rollout", "reward", "advantage", "kl"),
+    "sft": ("model", "peft", "data", "sft"),
+    "reward_model": ("peft", "data", "reward_model"),
+    "ppo": ("peft", "data", "ppo", "ptx", "rollout", "reward", "shaping", "advantage", "kl"),
     "evaluate": ("data", "evaluate", "ppo", "rollout", "reward"),
 }
-STAGE_VERSION = {"sft": 1, "reward_model": 1, "ppo": 1, "evaluate": 1}  # raised by hand when a stage's result changes
+STAGE_VERSION = {"sft": 1, "reward_model": 1, "ppo": 2, "evaluate": 2}  # raised by hand when a stage's result changes
 WITHOUT_EFFECT = {  # settings that change how a result is computed or shown, not the result
     "sft": ("microbatch",),
     "reward_model": ("microbatch",),
-    "ppo": ("microbatch", "samples_every"),
+    "ppo": ("microbatch", "samples_every", "self_checks"),
     "rollout": ("batch",),
     "reward": ("path",),  # the reward model is an input with a digest of its own
     "data": ("path",),  # its bytes are in the data's fingerprint
@@ -87,7 +88,8 @@ def open_artifact(path: str, stages: Sequence[str] = ()) -> Artifact:
         raise UserError(f"'{path}' is an unfinished stage: run the command that makes it again until it ends")
     if not folder.exists():
         raise UserError(f"'{path}' does not exist: expected the folder of a finished stage or of a Hugging Face model")
-    if not (folder / "config.json").is_file():
+    facts = adapter_facts(folder)
+    if facts is None and not (folder / "config.json").is_file():
         raise UserError(
             f"'{path}' holds neither manifest.json (a finished stage) nor config.json (a Hugging Face model)"
         )
@@ -96,6 +98,8 @@ def open_artifact(path: str, stages: Sequence[str] = ()) -> Artifact:
         if file.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja"):
             digest.update(file.name.encode())
             digest.update(file_digest(file).encode())
+    if facts and Path(facts["base_model_name_or_path"]).exists():
+        digest.update(open_artifact(facts["base_model_name_or_path"]).digest.encode())
     return Artifact(folder.resolve(), digest.hexdigest()[:12], {})
 
 
@@ -145,7 +149,8 @@ class Store:
         partial, final = self.folder / f"{stage}-{digest}.partial", self.folder / f"{stage}-{digest}"
         files = {
             str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": file_digest(file)}
-            for file in sorted((partial / "model").rglob("*"))
+            for folder in ("model", "adapter")
+            for file in sorted((partial / folder).rglob("*"))
             if file.is_file()
         }
         manifest = {"stage": stage, "digest": digest, "finished": time.time(), **facts, "files": files}

@@ -18,6 +18,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from alignkit.runtime.config import REFUSED
+
 STAMP = time.strftime("%Y%m%d-%H%M%S")  # of this process: the jobs of one sweep share it
 
 
@@ -78,6 +80,9 @@ def explain(error: Exception, conf: Path, name: str) -> str:
     ):
         group, option, known = found.groups()
         return f"{group}={option}: no such option; options: {', '.join((known or 'none').split())}"
+    if found := re.search(r"Could not load '([^']+)/([^'/]+?)(?:\.yaml)?'", text):
+        group, option = found.groups()
+        return f"{group}={option}: no such option; options: {', '.join(_options(conf, group))}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(line for line in lines if not line.startswith(("object_type", "reference_type", "full_key")))
 
@@ -85,8 +90,12 @@ def explain(error: Exception, conf: Path, name: str) -> str:
 def _unknown_key(key: str, conf: Path, name: str) -> str:
     """`ppo.eopchs: unknown key; did you mean ppo.epochs?`"""
     group, _, rest = key.partition(".")
+    if key in REFUSED:
+        return f"{key}: {REFUSED[key]}"
     if rest.startswith("trainer") and group in ("sft", "reward_model"):
         return f"{key}: passed on to TRL, so it has to be added, not overridden: +{group}.trainer.ARGUMENT=VALUE"
+    if key.startswith("peft.settings."):
+        return f"{key}: passed on to peft, so it has to be added, not overridden: +{key}=VALUE"
     owners = [file.stem for file in sorted((conf / group).glob("*.yaml")) if rest and rest in OmegaConf.load(file)]
     if owners:
         belongs = " or ".join(f"{group}={owner}" for owner in owners)
@@ -107,10 +116,14 @@ def _not_an_option(conf: Path) -> str:
     """`ppo=1: no such option; options: default`: a group was given a number, which Hydra does not say in words."""
     for word in sys.argv[1:]:
         group, _, value = word.partition("=")
-        options = sorted(file.stem for file in (conf / group).glob("*.yaml")) if group else []
+        options = _options(conf, group) if group else []
         if options and value not in options:
             return f"{word}: no such option; options: {', '.join(options)}"
     return "a group of settings takes the name of one of its options, as in model=tiny"
+
+
+def _options(conf: Path, group: str) -> list[str]:
+    return sorted(file.stem for file in (conf / group).glob("*.yaml"))
 
 
 def _leaves(node: dict, prefix: str = ""):

@@ -19,19 +19,22 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.dataclasses import is_pydantic_dataclass
 
+from alignkit.algo.shaping import Shaping
 from alignkit.data.files import files_digest
 from alignkit.errors import UserError
-from alignkit.models.settings import ModelSettings
+from alignkit.models.settings import ModelSettings, PeftSettings
 from alignkit.observe.settings import TrackingSettings
 from alignkit.runtime.settings import LaunchSettings, ShardingSettings
 from alignkit.stages.settings import EvaluateSettings, PPOSettings, PtxSettings, RewardModelSettings, SFTSettings
 
 SETTINGS = {
     "model": ModelSettings,
+    "peft": PeftSettings,
     "sft": SFTSettings,
     "reward_model": RewardModelSettings,
     "ppo": PPOSettings,
     "ptx": PtxSettings,
+    "shaping": Shaping,
     "evaluate": EvaluateSettings,
     "sharding": ShardingSettings,
     "tracking": TrackingSettings,
@@ -40,11 +43,19 @@ SETTINGS = {
 PROTOCOL = {  # what the class that `_target_` names must have; the classes of alignkit document each
     "data": ("load", "fingerprint"),
     "rollout": ("temperature", "min_response", "max_response", "generate"),
-    "reward": ("missing_eos_penalty", "open"),
-    "advantage": ("__call__",),
-    "kl": ("coef", "target", "next"),
+    "reward": ("open",),
+    "advantage": ("uses_values", "min_samples", "whiten", "clip", "__call__"),
+    "kl": ("coef", "target", "estimator", "place", "next"),
 }
 STRATEGIES = tuple(PROTOCOL)
+REFUSED = {  # keys that people look for, and why they are not there
+    f"rollout.{name}": (
+        "not offered: the log-probabilities of PPO are those of the distribution that is sampled, and a truncated or "
+        "penalised one gives old, new and reference policy different supports, so ratio and KL become infinite; use "
+        "rollout.temperature"
+    )
+    for name in ("top_p", "top_k", "min_p", "repetition_penalty")
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,7 @@ class RunConfig:
     trusted: list[str]
     policy: str | None
     model: ModelSettings
+    peft: PeftSettings
     data: Any
     sft: SFTSettings
     reward_model: RewardModelSettings
@@ -66,6 +78,7 @@ class RunConfig:
     ptx: PtxSettings
     rollout: Any
     reward: Any
+    shaping: Shaping
     advantage: Any
     kl: Any
     evaluate: EvaluateSettings
@@ -194,6 +207,8 @@ def _field_names(cls: type) -> list[str]:
 def _unknown(path: str, key: str, names: list[str]) -> str:
     """`ppo.eopchs: unknown key; did you mean ppo.epochs?`"""
     prefix = f"{path}." if path else ""
+    if f"{prefix}{key}" in REFUSED:
+        return f"{prefix}{key}: {REFUSED[f'{prefix}{key}']}"
     near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
     hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(names)}"
     return f"{prefix}{key}: unknown key; {hint}"
@@ -204,7 +219,7 @@ def _across(parts: dict[str, Any]) -> list[str]:
     faults = []
     if parts["name"] and ("/" in parts["name"] or parts["name"].startswith(".")):
         faults.append(f"name={parts['name']}: expected the name of one folder in {parts['runs_dir']}, not a path")
-    ppo, launch, sharding, model = parts["ppo"], parts["launch"], parts["sharding"], parts["model"]
+    ppo, launch, sharding, model, ptx = (parts[name] for name in ("ppo", "launch", "sharding", "model", "ptx"))
     for name in ("sft", "reward_model"):
         if parts[name].batch % launch.processes:
             faults.append(f"{name}.batch={parts[name].batch} must be a multiple of launch.processes={launch.processes}")
@@ -214,6 +229,10 @@ def _across(parts: dict[str, Any]) -> list[str]:
         faults.append(
             f"launch.processes={launch.processes} must be a multiple of sharding.shard_size={sharding.shard_size}"
         )
+    faults += _ppo_faults(ppo, parts["advantage"], parts["shaping"], parts["reward"], parts["kl"])
+    peft, known = parts["peft"], parts["peft"].known_keys()
+    faults += [_unknown("peft.settings", key, known) for key in peft.settings if known and key not in known]
+    faults += peft.clashes(model.path or parts["policy"], launch.processes)
     for name in ("sft", "reward_model"):
         if model.path is None and parts[name].max_length > model.context_length:
             lengths = (
@@ -221,11 +240,46 @@ def _across(parts: dict[str, Any]) -> list[str]:
                 f"model.context_length={model.context_length}",
             )
             faults.append(" is above ".join(lengths))
+    if model.path is None and parts["policy"] is None and ptx.coef and ptx.max_length > model.context_length:
+        faults.append(f"ptx.max_length={ptx.max_length} tokens is above model.context_length={model.context_length}")
     longest = ppo.max_prompt + parts["rollout"].max_response
     if model.path is None and longest > model.context_length:
         faults.append(
             f"ppo.max_prompt={ppo.max_prompt} plus rollout.max_response={parts['rollout'].max_response} is "
             f"{longest} tokens, above model.context_length={model.context_length}"
+        )
+    return faults
+
+
+def _ppo_faults(ppo: PPOSettings, advantage: Any, shaping: Shaping, reward: Any, kl: Any) -> list[str]:
+    """Choices that make no sense together."""
+    faults, kind = [], type(advantage).__name__
+    if ppo.samples_per_prompt < advantage.min_samples:
+        faults.append(
+            f"ppo.samples_per_prompt={ppo.samples_per_prompt}: advantage {kind} compares the responses to one prompt, "
+            f"so it needs at least {advantage.min_samples}"
+        )
+    if not advantage.uses_values:
+        wrong = {  # what would set it right -> is it wrong
+            "ppo.value_warmup=0": ppo.value_warmup > 0,
+            "ppo.joint=false": ppo.joint,
+            "shaping.score_position=eos": shaping.score_position == "eos_plus_one",
+        }
+        faults += [
+            f"{mend.partition('=')[0]}: advantage {kind} has no value model; set {mend}"
+            for mend, is_wrong in wrong.items()
+            if is_wrong
+        ]
+    horizon = getattr(kl, "horizon", None)
+    if horizon is not None and ppo.batch >= 5 * horizon:
+        faults.append(
+            f"kl.horizon={horizon} must be above a fifth of ppo.batch={ppo.batch} episodes, or the coefficient could "
+            "turn negative"
+        )
+    if shaping.running != "none" and getattr(reward, "normalise", "none") != "none":
+        faults.append(
+            f"shaping.running={shaping.running} with reward.normalise={reward.normalise}: scores would be normalised "
+            "twice; set one of them to none"
         )
     return faults
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 from alignkit.errors import StageFailed, TrainingError, UserError
+from alignkit.models.settings import refuse_in_ppo
 from alignkit.observe.closing import closing_words
 from alignkit.runtime.config import conf_dir, load
 from alignkit.runtime.launch import Stopped
@@ -46,7 +47,10 @@ def run_job(name: str, chain: Callable[[Run], None], raw: dict) -> int:
     """Check one composed configuration and run the chain; a person's mistake or a failed stage is told in short."""
     try:
         raw = with_outer_ranks(raw)
-        run = Run(name, load(raw), raw)
+        config = load(raw)
+        if name in ("rlhf", "ppo"):
+            refuse_in_ppo(config.peft)
+        run = Run(name, config, raw)
         chain(run)
     except UserError as error:
         return _report(str(error), 2)

@@ -11,6 +11,7 @@ from typing import Any
 
 from alignkit import __version__
 from alignkit.errors import UserError
+from alignkit.models.settings import adapter_facts
 from alignkit.observe.wandb_sink import decide_mode
 from alignkit.runtime.artifact import Artifact, Store, link, open_artifact, stage_digest, write_json
 from alignkit.runtime.compose import as_yaml
@@ -139,6 +140,8 @@ class Run:
         if not folders and model.path is None:
             return model.vocab_size * model.hidden_size + 12 * model.num_layers * model.hidden_size**2
         folders = folders or [Path(model.path)]
+        facts = [adapter_facts(place) for folder in folders for place in (folder, folder / "model")]
+        folders = folders + [Path(adapter["base_model_name_or_path"]) for adapter in facts if adapter]
         weights = [file for folder in folders for file in folder.rglob("*.safetensors")]
         return max((file.stat().st_size for file in weights), default=0) // 4 or None
 

@@ -67,9 +67,11 @@ class Cluster:
 
     def shard(self, model: nn.Module, *, trainable: bool) -> nn.Module:
         """Split `model` over the mesh in place: one unit a decoder layer (the classes that transformers says must not
-        be split), and the root, which keeps embeddings and a tied head together."""
+        be split), and the root, which keeps embeddings and a tied head together. What is frozen in a trained model, all
+        but its adapter, stays so."""
         model.to(self.device)
-        model.requires_grad_(trainable)
+        if not trainable:
+            model.requires_grad_(False)
         units = set(getattr(model, "_no_split_modules", None) or ())
         for module in list(model.modules()):
             if type(module).__name__ in units:
@@ -130,9 +132,11 @@ class Cluster:
             dist.all_reduce(value, operation)
         return value
 
-    def clip_gradient(self, model: nn.Module, max_norm: float) -> Tensor:
-        """Scale the gradient to at most `max_norm` (global L2 norm over all shards); returns the norm before."""
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    def clip_gradient(self, models: list[nn.Module], max_norm: float | None) -> Tensor:
+        """Scale the gradient of these models to at most `max_norm` (L2 norm over all of them and all shards; None:
+        leave it); returns the norm before."""
+        parameters = [parameter for model in models for parameter in model.parameters()]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def barrier(self) -> None:

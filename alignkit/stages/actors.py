@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from alignkit.algo.batching import length_order, pad_left, pad_right
 from alignkit.algo.sampling import SamplingRule, uniform_noise
+from alignkit.algo.schedule import learning_rate_share
 from alignkit.algo.types import PromptBatch, Rollout
 from alignkit.data.tokens import Encoder
+from alignkit.models.adapters import adapters_off, add_adapter
 from alignkit.models.loading import (
     disable_dropout,
     load_causal,
@@ -23,7 +25,10 @@ from alignkit.models.loading import (
 )
 from alignkit.models.policy import response_logprobs
 from alignkit.models.scalar import ScalarModel, score_sequences
+from alignkit.reward.model import RewardModel
 from alignkit.reward.source import RewardSource
+from alignkit.stages.settings import PPOSettings
+from alignkit.stages.state import AveragedWeights, PPOState
 
 if TYPE_CHECKING:
     from alignkit.runtime.config import RunConfig
@@ -33,57 +38,88 @@ if TYPE_CHECKING:
 
 @dataclass
 class Actors:
-    """policy and value_model are trained, reference and reward are frozen; kl_coef is in reward units per nat."""
+    """policy and value_model are trained, reference and reward are frozen; value_model and its optimizer are None where
+    the advantage needs no values. state: all else that changes; ema: the averaged policy, if there is to be one."""
 
     cluster: Cluster
     encoder: Encoder
     rule: SamplingRule
     policy: nn.Module
-    reference: nn.Module
-    value_model: nn.Module
+    reference: nn.Module | WithoutAdapter
+    value_model: nn.Module | None
     reward: RewardSource
     policy_optimizer: torch.optim.Optimizer
-    value_optimizer: torch.optim.Optimizer
-    kl_coef: float
+    value_optimizer: torch.optim.Optimizer | None
+    state: PPOState
+    ema: AveragedWeights | None = None
 
-    def set_learning_rate(self, share: float, config: RunConfig) -> None:
-        """Both learning rates at `share` of their first value."""
-        for optimizer, full in (
-            (self.policy_optimizer, config.ppo.learning_rate),
-            (self.value_optimizer, config.ppo.value_learning_rate),
+    def set_learning_rates(self, settings: PPOSettings) -> None:
+        """Both learning rates where their schedule stands."""
+        share = learning_rate_share(settings.schedule, self.state.iteration, settings.iterations, settings.warmup)
+        for optimizer, peak in (
+            (self.policy_optimizer, settings.learning_rate),
+            (self.value_optimizer, settings.value_learning_rate),
         ):
-            for group in optimizer.param_groups:
-                group["lr"] = full * share
+            for group in optimizer.param_groups if optimizer else ():
+                group["lr"] = peak * share
 
 
 def load_actors(job: Job, cluster: Cluster) -> Actors:
-    """Load and shard the four models: reference = policy; the value model starts as the reward model, in its units."""
+    """Load and shard the models: reference = policy; the value model starts as the reward model, in its units. With an
+    adapter there is one copy of each base: the reference is the policy without its adapter, the reward model the value
+    model without its own."""
     config = job.config
-    folder, settings = model_folder(job.inputs["policy"]), config.ppo
-    encoder = load_encoder(folder)
-    policy, reference = load_policy(folder), load_policy(folder)
+    folder, settings, peft = model_folder(job.inputs["policy"]), config.ppo, config.peft
+    encoder, adapted = load_encoder(folder), config.peft.method != "none"
+    policy = load_policy(folder)
     lengths = f"ppo.max_prompt={settings.max_prompt} and rollout.max_response={config.rollout.max_response}"
     require_context(policy, settings.max_prompt + config.rollout.max_response, lengths)
-    reward = config.reward.open(job.inputs["reward"], encoder, cluster)
-    if hasattr(reward, "initial_value"):
-        value_model = reward.initial_value()
-    else:
-        value_model = ScalarModel(scorer_from_policy(folder, config.seed))
-        disable_dropout(value_model.classifier)
+    if config.ptx.coef:
+        require_context(policy, config.ptx.max_length, f"ptx.max_length={config.ptx.max_length}")
+    if adapted:
+        add_adapter(policy, peft, "CAUSAL_LM")
+        disable_dropout(policy)
     policy = cluster.shard(policy, trainable=True)
-    value_model = cluster.shard(value_model, trainable=True)
+    reference = WithoutAdapter(policy) if adapted else cluster.shard(load_policy(folder), trainable=False)
+    shares = adapted and config.advantage.uses_values and isinstance(config.reward, RewardModel)
+    reward = config.reward.open(job.inputs["reward"], encoder, cluster, *([peft] if shares else []))
+    value_model = first_value(reward, folder, config, cluster) if config.advantage.uses_values else None
     return Actors(
         cluster=cluster,
         encoder=encoder,
         rule=sampling_rule(config, encoder),
         policy=policy,
-        reference=cluster.shard(reference, trainable=False),
+        reference=reference,
         value_model=value_model,
         reward=reward,
-        policy_optimizer=_adam(policy, settings.learning_rate, settings.adam_eps),
-        value_optimizer=_adam(value_model, settings.value_learning_rate, settings.adam_eps),
-        kl_coef=config.kl.coef,
+        policy_optimizer=adam(policy, settings.learning_rate, settings),
+        value_optimizer=adam(value_model, settings.value_learning_rate, settings) if value_model else None,
+        state=PPOState(kl_coef=config.kl.coef),
+        ema=None if settings.ema is None else AveragedWeights(policy, settings.ema),
     )
+
+
+def first_value(reward: RewardSource, folder: Path, config: RunConfig, cluster: Cluster) -> nn.Module:
+    """The value model before training, sharded: the reward model if there is one, else the policy with a fresh head."""
+    if hasattr(reward, "initial_value"):
+        return reward.initial_value()
+    value_model = ScalarModel(scorer_from_policy(folder, config.seed))
+    if config.peft.method != "none":
+        add_adapter(value_model.classifier, config.peft, "SEQ_CLS")
+        value_model.head.requires_grad_(True)
+    disable_dropout(value_model.classifier)
+    return cluster.shard(value_model, trainable=True)
+
+
+@dataclass(frozen=True)
+class WithoutAdapter:
+    """A model called with its adapter switched off: the reference of a policy that trains only an adapter."""
+
+    model: nn.Module
+
+    def __call__(self, **inputs):
+        with adapters_off(self.model):
+            return self.model(**inputs)
 
 
 def load_policy(folder: Path) -> nn.Module:
@@ -167,5 +203,10 @@ def score_all(scorer: ScalarModel, rows: list[list[int]], pad_id: int, batch: in
     return scores
 
 
-def _adam(model: nn.Module, learning_rate: float, eps: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=learning_rate, eps=eps, weight_decay=0.0)
+def adam(model: nn.Module, learning_rate: float, settings: PPOSettings) -> torch.optim.Optimizer:
+    """AdamW over what is trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    return torch.optim.AdamW(
+        trained, lr=learning_rate, betas=betas, eps=settings.adam_eps, weight_decay=settings.weight_decay
+    )

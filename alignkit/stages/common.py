@@ -1,4 +1,4 @@
-"""What SFT and reward-model training share: rows as token ids, TRL's arguments, one example shown, saving."""
+"""What stages share: the data, TRL's arguments, one example shown, saving, demonstrations as ids and their loss."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback, set_seed
 
-from alignkit.data.corpus import Corpus
+from alignkit.algo.batching import pad_right
+from alignkit.algo.losses import negative_log_likelihood
+from alignkit.algo.sequence import token_logprobs
+from alignkit.data.corpus import Corpus, Demonstration
 from alignkit.data.tokens import Encoder
 from alignkit.errors import TrainingError, UserError
+from alignkit.models.adapters import merge, save_adapter
+from alignkit.models.loading import load_causal, load_scorer, require_context
 from alignkit.observe.progress import Progress
 
 if TYPE_CHECKING:
+    from alignkit.runtime.sharding import Cluster
     from alignkit.stages.job import Job
 
 
@@ -68,6 +74,13 @@ def trainer_arguments(job: Job, settings: Any, world_size: int, num_rows: int) -
     }
 
 
+def require_room(model, job: Job, max_length: int) -> None:
+    """Raise UserError if the model has fewer positions than a sequence and the learnt tokens before it take."""
+    learnt = job.config.peft.virtual_tokens
+    names = f"{job.stage}.max_length={max_length}" + f" and {learnt} learnt tokens" * bool(learnt)
+    require_context(model, max_length + learnt, names)
+
+
 def trl_config(factory: Callable, arguments: dict[str, Any], stage: str) -> Any:
     """A TRL config; an argument that TRL does not know is the user's mistake in `<stage>.trainer`."""
     try:
@@ -111,6 +124,59 @@ def save_model(model, encoder: Encoder, folder: Path) -> None:
     encoder.tokenizer.save_pretrained(folder)
 
 
+def save_trained(model, encoder: Encoder, job: Job, base: str | Path | None, revision: str | None = None) -> None:
+    """What the stage hands on, `model/`: the adapter that stands on `base`, or with peft.merge=true (and without an
+    adapter) plain weights, the adapter then beside them in `adapter/`."""
+    peft, folder = job.config.peft, job.out / "model"
+    if peft.method == "bitfit":
+        merge(model)
+    if peft.method in ("none", "bitfit"):
+        save_model(model, encoder, folder)
+        return
+    place = job.out / "adapter" if peft.merge else folder
+    save_adapter(model, model.state_dict(), place, base, revision)
+    if job.stage != "reward_model":
+        model.generation_config.save_pretrained(place)
+    encoder.tokenizer.save_pretrained(place)  # and no config.json, with which transformers looks for whole weights here
+    if peft.merge:
+        load = load_scorer if job.stage == "reward_model" else load_causal
+        save_model(load(place), encoder, folder)
+
+
 def sample_of(rows: Sequence, count: int, seed: int) -> list:
     """At most `count` rows, drawn without order from a seed."""
     return list(rows) if len(rows) <= count else random.Random(f"sample-{seed}").sample(list(rows), count)
+
+
+def encode_demonstrations(
+    rows: list[Demonstration], encoder: Encoder, max_length: int
+) -> tuple[list[dict], dict[str, int]]:
+    """Rows as TRL takes them (labels -100 on the prompt), and how many `max_length` tokens cut short or left out."""
+    encoded, counts = [], {"responses were cut short": 0, "prompts were left out": 0}
+    for row in rows:
+        prompt = encoder.prompt(row.prompt)
+        ids = prompt + encoder.response(row.prompt, row.response)
+        if len(prompt) >= max_length:
+            counts["prompts were left out"] += 1
+            continue
+        counts["responses were cut short"] += len(ids) > max_length
+        labels = [-100] * len(prompt) + ids[len(prompt) :]
+        encoded.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
+    return encoded, counts
+
+
+def heldout_loss(model, rows: list[dict], pad_id: int, batch: int, cluster: Cluster) -> float:
+    """Negative log-likelihood per learnt token over all rows, nats: one sum over one count, whatever the batches."""
+    total = torch.zeros(2, dtype=torch.float64)
+    mine, real = cluster.deal(len(rows))
+    for part, here in zip(mine.split(batch), real.split(batch)):
+        tokens, mask = (x.to(cluster.device) for x in pad_right([rows[i]["input_ids"] for i in part], pad_id))
+        labels, _ = pad_right([rows[i]["labels"] for i in part], -100)
+        learnt = (labels != -100).to(cluster.device) & here.to(cluster.device)[:, None]
+        with torch.no_grad():
+            logits = model.eval()(input_ids=tokens, attention_mask=mask.long()).logits
+            logits = logits[:, -tokens.shape[1] :]  # learnt tokens before them have logits too
+        loss = negative_log_likelihood(token_logprobs(logits[:, :-1], tokens[:, 1:]), learnt[:, 1:])
+        total += torch.stack([loss.total.double(), loss.count.double()]).cpu()
+    summed = cluster.sum(total)
+    return float(summed[0] / summed[1])

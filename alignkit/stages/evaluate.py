@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from alignkit.models.loading import load_encoder, model_folder
 from alignkit.reward.bag_of_words import fit_bag_of_words
 from alignkit.reward.source import Answers
 from alignkit.stages.actors import load_policy, logprobs_of, sample, sampling_rule
-from alignkit.stages.common import prepare, sample_of
+from alignkit.stages.common import encode_demonstrations, heldout_loss, prepare, sample_of
 
 if TYPE_CHECKING:
     from alignkit.observe.tracking import Tracker
@@ -76,10 +77,27 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
         result[f"distinct_2{suffix}"] = distinct_2(responses.ids)
         result[f"response_length{suffix}"] = sum(map(len, responses.ids)) / len(responses.ids)
         result[f"eos_fraction{suffix}"] = sum(responses.finished) / len(responses.finished)
+    result |= perplexities(models, corpus, encoder, job, cluster)
     tracker.log({key: value for key, value in result.items() if isinstance(value, float)}, step=len(prompts))
     if cluster.is_main:
         (job.out / "comparison.json").write_text(json.dumps(rows[:2], ensure_ascii=False, indent=2), encoding="utf-8")
     return result
+
+
+def perplexities(models, corpus: Corpus, encoder: Encoder, job: Job, cluster: Cluster) -> dict[str, float]:
+    """exp of the mean loss per token on held-out demonstrations: what PPO cost as a language model, and what `ptx` is
+    there to keep. {} if the data has none."""
+    config = job.config
+    longest = config.ppo.max_prompt + config.rollout.max_response
+    rows, _ = encode_demonstrations(corpus.heldout.demonstrations, encoder, longest)
+    rows, pad = sample_of(rows, config.evaluate.prompts, config.seed), encoder.tokenizer.pad_token_id
+    if not rows:
+        return {}
+    losses = {name: heldout_loss(model, rows, pad, config.ppo.microbatch, cluster) for name, model in models.items()}
+    return {
+        "ptx_perplexity": math.exp(min(losses["policy"], 700.0)),
+        "ptx_perplexity_baseline": math.exp(min(losses["baseline"], 700.0)),
+    }
 
 
 def heldout_prompts(corpus: Corpus, encoder: Encoder, job: Job, cluster: Cluster) -> list[tuple[Prompt, list[int]]]:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from alignkit.algo.control import AdaptiveKL
 from alignkit.algo.masked import moments
 from alignkit.algo.types import Advantages, Minibatch, Rollout, ScoredRollout, ShapedReward
 from alignkit.data.tokens import show
@@ -62,16 +63,22 @@ def iteration_metrics(
     scores = scored.scores.double()
     values = {
         "kl": kl,
-        "kl_coef": actors.kl_coef,
+        "kl_coef": actors.state.kl_coef,
         "score_mean": float(scores.mean()),
         "score_std": float(scores.std(correction=0)),
         "reward_mean": float(shaped.per_token.sum(dim=1).mean()),
         "entropy": float(entropy.sum()) / tokens,
-        "explained_variance": explained_variance(scored.values, target.returns, mask),
         "response_length": tokens / len(mask),
         "eos_fraction": float(rollout.finished.double().mean()),
         "learning_rate": actors.policy_optimizer.param_groups[0]["lr"],
     }
+    if actors.value_model is not None:
+        count, _, squares = moments(target.returns, shaped.mask).tolist()
+        values["return_std"] = math.sqrt(squares / count)
+        values["explained_variance"] = explained_variance(scored.values, target.returns, shaped.mask)
+    if config.shaping.running != "none":
+        count, mean, squares = actors.state.score_moments
+        values |= {"score_running_mean": mean, "score_running_std": math.sqrt(squares / count)}
     if config.kl.target is not None:
         values["kl_target"] = config.kl.target
     if samples and "gold" in samples[0]:
@@ -80,7 +87,7 @@ def iteration_metrics(
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over response tokens; 1 is perfect, 0 no better than a constant."""
+    """1 - Var(returns - values) / Var(returns) over the masked slots; 1 is perfect, 0 no better than a constant."""
     count, _, squares = moments(returns, mask).tolist()
     _, _, residual = moments(returns - values, mask).tolist()
     return 1.0 - residual / squares if count and squares > 0 else 0.0
@@ -113,12 +120,60 @@ def save_evidence(folder: Path, batch: Minibatch, scored: ScoredRollout, samples
     """All tensors and texts of an iteration that failed, for a person to look at."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {field.name: getattr(batch, field.name) for field in fields(Minibatch)}
-    tensors["scores"], tensors["ref_logprobs"] = scored.scores, scored.ref_logprobs
+    tensors["scores"] = scored.scores
     save_file(
-        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / "batch.safetensors"
+        {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()},
+        folder / "batch.safetensors",
     )
     lines = [json.dumps(without_nonfinite(row), ensure_ascii=False) for row in samples]
     (folder / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def tell_before(config, num_prompts: int) -> None:
+    """How often each prompt will be used, and a warning if the KL coefficient cannot even double within the run."""
+    settings = config.ppo
+    uses = settings.episodes / settings.samples_per_prompt / num_prompts
+    print(f"ppo: {num_prompts} prompts for {settings.episodes} episodes: each is used {uses:.1f} times")
+    if isinstance(config.kl, AdaptiveKL):
+        reach = config.kl.reach(iterations=settings.iterations, episodes=settings.batch)
+        if reach < 2:
+            print(
+                f"ppo: warning: with kl.horizon={config.kl.horizon} the KL coefficient can change {reach:.2f}-fold at "
+                f"most in {settings.iterations} iterations; lower it to reach kl.target={config.kl.target}"
+            )
+
+
+def tell_weights(actors: Actors) -> None:
+    """The bytes of weights that this rank holds, each base once however many models compute with it."""
+    seen: set[int] = set()
+    parts = []
+    owners = {"reference": actors.reference, "policy": actors.policy, "value": actors.value_model}
+    for name, model in {**owners, "reward": getattr(actors.reward, "model", None)}.items():
+        size = weight_bytes(model, seen) if isinstance(model, torch.nn.Module) else 0
+        parts.append(f"{name} {size / 2**20:.1f} MiB" if size else f"{name} shared or none")
+    print(f"ppo: weights on this rank: {', '.join(parts)}")
+
+
+def weight_bytes(model: torch.nn.Module, seen: set[int]) -> int:
+    """Bytes of the parameters (this rank's shards) that are not in `seen` yet; they are afterwards."""
+    total = 0
+    for parameter in model.parameters():
+        storage = (parameter.to_local() if hasattr(parameter, "to_local") else parameter).untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += parameter.to_local().nbytes if hasattr(parameter, "to_local") else parameter.nbytes
+    return total
+
+
+def tell_value_clip(values: dict[str, float], settings) -> bool:
+    """Warn if values may move by so little in an iteration that they cannot follow the returns; True if it did."""
+    if settings.value_clip is None or not values.get("return_std", 0.0) > 5 * settings.value_clip:
+        return False
+    print(
+        f"ppo: warning: returns spread by {values['return_std']:.2g} (standard deviation), but ppo.value_clip="
+        f"{settings.value_clip} holds values within that of the old ones: raise it, set it to null or normalise rewards"
+    )
+    return True
 
 
 def summary_of(history: list[dict[str, float]], config, seconds: float) -> dict[str, float]:

@@ -25,12 +25,11 @@ from alignkit.stages.settings import PtxSettings
 
 @dataclass
 class PtxBatches:
-    """Endless shuffled passes over the rows; `position` is the number of rows taken so far."""
+    """Endless shuffled passes over the rows."""
 
     rows: list[tuple[list[int], int]]
     batch: int
     seed: int
-    position: int = 0
 
     @classmethod
     def open(cls, rows: list[Demonstration], encoder: Encoder, settings: PtxSettings, seed: int) -> PtxBatches:
@@ -49,10 +48,9 @@ class PtxBatches:
             raise UserError("ptx.coef is above 0 but there are no demonstrations to mix in; set ptx.coef=0")
         return cls(encoded, settings.batch, seed)
 
-    def take(self) -> list[tuple[list[int], int]]:
-        """The next `batch` rows, the same on every rank."""
-        chosen = prompt_indices(self.position, self.batch, len(self.rows), self.seed + 1)
-        self.position += self.batch
+    def take(self, position: int) -> list[tuple[list[int], int]]:
+        """The `batch` rows after the first `position`, the same on every rank."""
+        chosen = prompt_indices(position, self.batch, len(self.rows), self.seed + 1)
         return [self.rows[i] for i in chosen.tolist()]
 
 
@@ -61,7 +59,8 @@ def ptx_backward(actors: Actors, batches: PtxBatches, settings: PtxSettings, mic
     all ranks."""
     if settings.coef == 0:
         return
-    rows, cluster = batches.take(), actors.cluster
+    rows, cluster = batches.take(actors.state.ptx_rows), actors.cluster
+    actors.state.ptx_rows += len(rows)
     tokens = sum(len(ids) - start for ids, start in rows)
     mine, real = cluster.deal(len(rows))
     for part, here in zip(mine.split(microbatch), real.split(microbatch)):

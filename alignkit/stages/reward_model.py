@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PrinterCallback
 from trl import RewardConfig, RewardTrainer
 
@@ -15,16 +15,18 @@ from alignkit.algo.statistics import contrast_accuracy, wilson_interval
 from alignkit.data.corpus import Corpus, Pair, Split
 from alignkit.data.tokens import Encoder
 from alignkit.errors import TrainingError, UserError
-from alignkit.models.loading import load_encoder, model_folder, require_context, scorer_from_policy
-from alignkit.models.scalar import ScalarModel
+from alignkit.models.adapters import attach, quantization, trainable
+from alignkit.models.loading import load_encoder, model_folder, scorer_from_policy
+from alignkit.models.scalar import PromptedScalar, ScalarModel
 from alignkit.observe.trainer_callback import make_callback
 from alignkit.reward.bag_of_words import fit_bag_of_words
 from alignkit.stages.actors import score_all
 from alignkit.stages.common import (
     ProgressCallback,
     prepare,
+    require_room,
     sample_of,
-    save_model,
+    save_trained,
     show_example,
     trainer_arguments,
     trl_config,
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
     """Train from the SFT model's backbone, save `model/`, and measure. Returns accuracy with its 95% interval on all
     held-out pairs, and the mean and standard deviation of the score on reference responses, which PPO normalises by."""
-    corpus, settings = prepare(job, cluster.is_main), job.config.reward_model
+    corpus, settings, peft = prepare(job, cluster.is_main), job.config.reward_model, job.config.peft
     if not corpus.train.pairs:
         raise UserError("data: no preference pairs; a reward model needs prompt+chosen+rejected rows or labelled texts")
     source = model_folder(job.inputs["init"])
@@ -53,9 +55,13 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
             show_example(f"reward_model {kind}", encoder, encoder.prompt(first.prompt), response)
     arguments = trainer_arguments(job, settings, cluster.world_size, len(train))
     arguments["center_rewards_coefficient"] = settings.center_coef or None
-    model = scorer_from_policy(source, job.config.seed)
-    require_context(model, settings.max_length, f"reward_model.max_length={settings.max_length}")
+    model = scorer_from_policy(source, job.config.seed, **quantization(peft, skip=["score"]))
+    require_room(model, job, settings.max_length)
     model.config.pad_token_id = encoder.tokenizer.pad_token_id
+    model = attach(model, peft, "SEQ_CLS")
+    scorer = PromptedScalar(model) if peft.virtual_tokens else ScalarModel(model)
+    if cluster.is_main:
+        print(f"reward_model: training {trainable(model)}")
     trainer = RewardTrainer(
         model=model,
         args=trl_config(RewardConfig, arguments, "reward_model"),
@@ -66,10 +72,10 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
     trainer.remove_callback(PrinterCallback)
     trainer.train()
 
-    scorer = ScalarModel(trainer.accelerator.unwrap_model(trainer.model)).to(cluster.device).eval()
+    scorer = scorer.to(cluster.device).eval()
     metrics = measure(scorer, corpus, encoder, job, cluster)
     if cluster.is_main:
-        save_model(scorer.classifier, encoder, job.out / "model")
+        save_trained(model, encoder, job, source)
         low, high = metrics["eval_accuracy_low"], metrics["eval_accuracy_high"]
         print(f"reward_model: held-out accuracy {metrics['eval_accuracy']:.3f} (95% interval {low:.3f} to {high:.3f})")
     return {"train_pairs": len(train), "dropped_pairs": sum(dropped.values()), **metrics}
@@ -91,7 +97,7 @@ def encode(pairs: list[Pair], encoder: Encoder, max_length: int) -> tuple[list[d
     return rows, dropped
 
 
-def measure(scorer: ScalarModel, corpus, encoder: Encoder, job: Job, cluster: Cluster) -> dict[str, float]:
+def measure(scorer: nn.Module, corpus, encoder: Encoder, job: Job, cluster: Cluster) -> dict[str, float]:
     """Accuracy once over the whole held-out set, and the score's mean and deviation on reference responses."""
     settings = job.config.reward_model
 

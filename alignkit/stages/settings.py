@@ -7,6 +7,10 @@ from pydantic import Field
 
 from alignkit.schema import Count, CountOrZero, Fraction, NonNegative, Positive, Proportion, settings
 
+Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]  # see algo/schedule.py
+Aggregation = Literal["token_mean", "seq_mean_token_mean"]  # see algo/losses.py
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 def _divides(small: str, small_value: int, large: str, large_value: int) -> None:
     if large_value % small_value:
@@ -43,25 +47,55 @@ class RewardModelSettings:
 
 @settings
 class PPOSettings:
-    """The PPO loop: how many episodes, how they are cut into optimizer steps, and the two losses."""
+    """The PPO loop: how many episodes, how they are cut into optimizer steps, and the loss.
+
+    loss = policy + value_coef * value - entropy_coef * entropy [+ KL, + ptx], each a mean by loss_aggregation. joint:
+    one gradient norm over both models; false: each model has its own. dual_clip, stop_kl, ema, clip_high: null leaves
+    them out; stop_kl in nats per token, the mean of (log ratio)^2 / 2 over a minibatch, at which an iteration's
+    remaining steps are left out.
+    """
 
     episodes: Count
     batch: Count
+    samples_per_prompt: Count
     minibatch: Count
     microbatch: Count
     epochs: Count
     learning_rate: Positive
     value_learning_rate: Positive
+    schedule: Schedule
+    warmup: CountOrZero
+    value_warmup: CountOrZero
+    adam_beta1: Decay
+    adam_beta2: Decay
     adam_eps: Positive
+    weight_decay: NonNegative
+    joint: bool
     clip: Proportion
+    clip_high: Positive | None
+    dual_clip: Annotated[float, Field(gt=1)] | None
     value_clip: Positive | None
-    max_grad_norm: Positive
+    value_coef: Positive
+    entropy_coef: NonNegative
+    loss_aggregation: Aggregation
+    stop_kl: Positive | None
+    max_grad_norm: Positive | None
+    ema: Proportion | None
+    self_checks: bool
     max_prompt: Count
     samples_every: Count
 
     def __post_init__(self) -> None:
         _divides("minibatch", self.minibatch, "batch", self.batch)
+        _divides("samples_per_prompt", self.samples_per_prompt, "batch", self.batch)
         _divides("batch", self.batch, "episodes", self.episodes)
+        iterations = self.episodes // self.batch
+        for name in ("warmup", "value_warmup"):
+            if getattr(self, name) >= iterations:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be below the {iterations} iterations that "
+                    f"episodes={self.episodes} of batch={self.batch} make"
+                )
 
     @property
     def iterations(self) -> int:

@@ -21,6 +21,12 @@ FILES = sorted(CONF.rglob("*.yaml"))
 PRESET_FOLDERS = ("experiment", "sweep")
 PRESETS = [f"{folder}={file.stem}" for folder in PRESET_FOLDERS for file in sorted((CONF / folder).glob("*.yaml"))]
 OPTIONS = [f"{file.parent.name}={file.stem}" for file in FILES if file.parent.name in (*SETTINGS, *STRATEGIES)]
+NEEDS = {  # groups and options that make sense only with another setting; an adapter needs a pretrained model under it
+    "peft": ("model.path=folder",),
+    "advantage=grpo": ("ppo.samples_per_prompt=2",),
+    "advantage=rloo": ("ppo.samples_per_prompt=2",),
+    "ptx=instructgpt": ("model.context_length=2048",),
+}
 
 
 def composed(primary: str, *overrides: str) -> dict:
@@ -32,6 +38,15 @@ def composed(primary: str, *overrides: str) -> dict:
 @functools.cache
 def checked(primary: str, *overrides: str) -> RunConfig:
     return load(composed(primary, *overrides))
+
+
+def with_needs(option: str) -> tuple[str, ...]:
+    return option, *NEEDS.get(option, NEEDS.get(option.partition("=")[0], ()))
+
+
+def chosen(option: str) -> RunConfig:
+    """rlhf with one option and what it needs."""
+    return checked("rlhf", *with_needs(option))
 
 
 def sweep_words(preset: str) -> dict[str, str]:
@@ -57,7 +72,7 @@ def test_every_option_composes_and_passes_the_check(option):
     group, _, name = option.partition("=")
     given = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
     given.pop("defaults", None)
-    section = getattr(checked("rlhf", option), group)
+    section = getattr(chosen(option), group)
     for key in given.keys() - {"_target_"}:
         assert getattr(section, key) == given[key]
 
@@ -109,7 +124,7 @@ def strategy_and_settings_classes() -> dict[type, str]:
     found = {}
     for option in OPTIONS:
         group = option.partition("=")[0]
-        found[type(getattr(checked("rlhf", option), group))] = group
+        found[type(getattr(chosen(option), group))] = group
     return found
 
 
@@ -121,7 +136,7 @@ def classes() -> dict[type, str]:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_field_is_written_down_in_every_option(option):
     group, _, name = option.partition("=")
-    fields = {field.name for field in dataclasses.fields(getattr(checked("rlhf", option), group))}
+    fields = {field.name for field in dataclasses.fields(getattr(chosen(option), group))}
     given = set(OmegaConf.load(CONF / group / f"{name}.yaml")) - {"_target_", "defaults"}
     base = OmegaConf.load(CONF / group / f"{name}.yaml").get("defaults")
     assert given == fields or (base and given < fields)
@@ -179,7 +194,7 @@ from alignkit.runtime.config import conf_dir, load
 for words in sys.argv[1:]:
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         load(OmegaConf.to_container(hydra.compose("rlhf", overrides=words.split()), resolve=True))
-heavy = {"torch", "transformers", "wandb", "datasets", "trl", "accelerate"} & sys.modules.keys()
+heavy = {"torch", "transformers", "wandb", "datasets", "trl", "accelerate", "peft"} & sys.modules.keys()
 assert not heavy, heavy
 """
 
@@ -190,7 +205,8 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
 
 def test_composition_and_check_need_neither_torch_nor_a_network():
     strategies = [option for option in OPTIONS if option.partition("=")[0] in STRATEGIES]
-    ended = run_python(WITHOUT_TORCH_OR_NETWORK, "", *strategies)
+    words = [" ".join(with_needs(option)) for option in (*strategies, "peft=lora")]
+    ended = run_python(WITHOUT_TORCH_OR_NETWORK, "", *words)
     assert ended.returncode == 0, ended.stderr
 
 

@@ -10,8 +10,9 @@ from hydra.core.global_hydra import GlobalHydra
 
 import alignkit.cli
 import alignkit.runtime.recipe
+from alignkit.runtime.config import REFUSED
 
-KEYS_OF_ADAPTIVE_KL = "coef, target, horizon"
+KEYS_OF_ADAPTIVE_KL = "coef, target, horizon, estimator, place"
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ MISTAKES = {
     ),
     "key of another option": (
         ["kl=fixed", "kl.target=4"],
-        ["kl.target: unknown key with this choice of kl; it belongs to kl=adaptive"],
+        ["kl.target: unknown key with this choice of kl; it belongs to kl=adaptive or kl=adaptive_ziegler"],
     ),
     "key of two other options": (
         ["data.path=x"],
@@ -125,7 +126,7 @@ MISTAKES = {
             "sft.epochs: expected greater than 0, got -1; set it with sft.epochs=VALUE",
         ],
     ),
-    "unknown option": (["kl=adaptve"], ["kl=adaptve: no such option; options: adaptive, fixed"]),
+    "unknown option": (["kl=adaptve"], ["kl=adaptve: no such option; options: adaptive, adaptive_ziegler, fixed"]),
     "number for an option": (["ppo=1"], ["ppo=1: no such option; options: default"]),
     "value that refers to nothing": (["kl.target=${zzz}"], ["Interpolation key 'zzz' not found"]),
     "target outside alignkit": (
@@ -172,6 +173,77 @@ MISTAKES = {
     "ranks not divisible by the shards": (
         ["launch.processes=4", "sharding.shard_size=3", "sft.batch=64", "reward_model.batch=64"],
         ["launch.processes=4 must be a multiple of sharding.shard_size=3"],
+    ),
+    "one response where a prompt needs several": (
+        ["advantage=rloo"],
+        [
+            "ppo.samples_per_prompt=1: advantage RLOO compares the responses to one prompt, so it needs at least 2",
+        ],
+    ),
+    "responses that do not fill a batch": (
+        ["ppo.samples_per_prompt=3"],
+        ["ppo: batch=64 must be a multiple of samples_per_prompt=3"],
+    ),
+    "settings of a value model that is not there": (
+        ["advantage=reinforce_pp", "ppo.value_warmup=2", "ppo.joint=true", "shaping.score_position=eos_plus_one"],
+        [
+            f"{mend.partition('=')[0]}: advantage ReinforcePlusPlus has no value model; set {mend}"
+            for mend in ("ppo.joint=false", "ppo.value_warmup=0", "shaping.score_position=eos")
+        ],
+    ),
+    "a controller that could turn negative": (
+        ["kl.horizon=12"],
+        ["kl.horizon=12 must be above a fifth of ppo.batch=64 episodes, or the coefficient could turn negative"],
+    ),
+    "longer ptx texts than the model takes": (
+        ["ptx=demonstrations", "ptx.max_length=129"],
+        ["ptx.max_length=129 tokens is above model.context_length=128"],
+    ),
+    "an option that is not there, in a list of presets": (
+        ["experiment=[n_plus,zzz]"],
+        [
+            "experiment=zzz: no such option; options: hh_harmless, instructgpt, movie_reviews, n_plus, ppo_max, small, "
+            "stiennon, ziegler"
+        ],
+    ),
+    "scores normalised twice": (
+        ["shaping.running=scale"],
+        [
+            "shaping.running=scale with reward.normalise=shift_scale: scores would be normalised twice; "
+            "set one of them to none"
+        ],
+    ),
+    "a loss without a gradient": (
+        ["kl=fixed", "kl.place=loss"],
+        ["kl: place=loss needs estimator=k2 or k3: the gradient of k1 is 0 in expectation"],
+    ),
+    "warm-up as long as the run": (
+        ["ppo.episodes=640", "ppo.warmup=10"],
+        ["ppo: warmup=10 must be below the 10 iterations that episodes=640 of batch=64 make"],
+    ),
+    "value warm-up as long as the run": (
+        ["ppo.episodes=640", "ppo.value_warmup=11"],
+        ["ppo: value_warmup=11 must be below the 10 iterations that episodes=640 of batch=64 make"],
+    ),
+    "a published recipe on a small run": (
+        ["experiment=[ppo_max,small]"],
+        ["ppo: warmup=1000 must be below the 80 iterations that episodes=5120 of batch=64 make"],
+    ),
+    "one rate of decay": (
+        ["ppo.adam_beta1=-0.1"],
+        ["ppo.adam_beta1: expected greater than or equal to 0, got -0.1; set it with ppo.adam_beta1=VALUE"],
+    ),
+    "a rate of decay of 1": (
+        ["ppo.adam_beta2=1.0"],
+        ["ppo.adam_beta2: expected less than 1, got 1.0; set it with ppo.adam_beta2=VALUE"],
+    ),
+    "a truncated distribution": (
+        ["rollout.top_p=0.9"],
+        [f"rollout.top_p: {REFUSED['rollout.top_p']}"],
+    ),
+    "a penalised distribution, added": (
+        ["+rollout.repetition_penalty=1.1"],
+        [f"rollout.repetition_penalty: {REFUSED['rollout.repetition_penalty']}"],
     ),
     "several ranks inline": (
         ["launch=inline", "launch.processes=2"],
@@ -233,7 +305,7 @@ from dataclasses import dataclass
 class Slope:
     coef: float
     slope: int
-    target = None
+    target, estimator, place = None, "k1", "reward"
 
     def next(self, coef, *, observed, episodes):
         return coef + self.slope
@@ -284,7 +356,8 @@ def test_a_misspelt_key_in_a_preset_of_the_user_is_named(cli, own):
 
 
 def test_the_options_of_the_user_are_listed_too(cli, own):
-    refused(cli("rlhf", "--config-dir", "conf", "kl=zzz"), "kl=zzz: no such option; options: adaptive, fixed, slope")
+    expected = "kl=zzz: no such option; options: adaptive, adaptive_ziegler, fixed, slope"
+    refused(cli("rlhf", "--config-dir", "conf", "kl=zzz"), expected)
 
 
 def test_a_strategy_of_the_user_that_lacks_what_is_called_is_refused(cli, own):

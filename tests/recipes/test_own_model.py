@@ -125,3 +125,23 @@ def test_a_model_without_its_tokenizer_is_refused(pretrained, tmp_path, monkeypa
         file.unlink()
     assert alignkit(monkeypatch, "sft", *SMALL, "model.path=gpt2", "tracking=none") == 2
     assert "'gpt2' holds no tokenizer" in capsys.readouterr().err
+
+
+def test_the_whole_chain_trains_adapters_and_each_product_stands_on_the_one_before(
+    pretrained, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    write_preferences(tmp_path / "pairs.jsonl.gz")
+    kept = [word for word in SMALL if not word.startswith(("data.", "model.", "ptx"))]
+    words = ["data=jsonl", "data.path=pairs.jsonl.gz", "data.heldout=0.3", "model.path=gpt2", "tracking=none"]
+    words += ["sft.max_length=90", "reward_model.max_length=90", "ppo.max_prompt=60", "peft=lora"]
+    assert alignkit(monkeypatch, "rlhf", *kept, *words, "rollout.max_response=8", "name=own") == 0
+    assert "ppo: weights on this rank: reference shared or none, policy" in capsys.readouterr().out
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run = tmp_path / "runs" / "own"
+    for stage in ("sft", "reward_model", "ppo"):
+        assert (run / stage / "model" / "adapter_model.safetensors").is_file()
+    base = AutoModelForCausalLM.from_pretrained(pretrained)
+    assert isinstance(PeftModel.from_pretrained(base, str(run / "sft" / "model")), PeftModel)

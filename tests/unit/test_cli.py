@@ -161,7 +161,7 @@ done
 
 
 def test_tab_completes_recipes_groups_and_keys(program_folder, tmp_path):
-    lines = ["alignkit r", "alignkit rlhf model=", "alignkit rlhf kl=a", "alignkit sft ppo.ep", "alignkit zzz kl="]
+    lines = ["alignkit r", "alignkit rlhf model=", "alignkit rlhf kl=f", "alignkit sft ppo.ep", "alignkit zzz kl="]
     environment = {**os.environ, "PATH": f"{program_folder}{os.pathsep}{os.environ['PATH']}"}
     ended = subprocess.run(
         ["bash", "-c", COMPLETE, "bash", *lines],
@@ -170,7 +170,7 @@ def test_tab_completes_recipes_groups_and_keys(program_folder, tmp_path):
     recipes, models, controllers, keys, nothing = ended.stdout.splitlines()
     assert recipes.split() == ["rlhf", "reward_model"]
     assert "model=tiny" in models.split()
-    assert controllers.split() == ["kl=adaptive"]
+    assert controllers.split() == ["kl=fixed"]
     assert {"ppo.episodes=", "ppo.epochs="} <= {word.split("=")[0] + "=" for word in keys.split()}
     assert nothing == ""
     assert ended.stderr == ""

@@ -93,7 +93,7 @@ if os.environ["RANK"] == "0":
     time.sleep(600)
 @dataclass
 class X:
-    coef = target = next = None
+    coef = target = estimator = place = next = None
     def __post_init__(self):
         while not os.path.exists("up0"):
             time.sleep(0.02)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from alignkit.observe.metrics import Last, Max, Mean, Metrics, Min, Sum, reduce
+from alignkit.observe.metrics import Max, Mean, Metrics, reduce
 
 
 def over_ranks(ranks: list[Metrics]) -> list[Metrics]:
@@ -37,17 +37,9 @@ def test_ranks_and_micro_batches_equal_one_batch():
     values = torch.tensor([0.5, -1.0, 4.0, 2.0, 3.5, 1.0, -2.0], dtype=torch.float64)
 
     def of(part: torch.Tensor) -> Metrics:
-        return Metrics(
-            {
-                "mean": Mean(part.sum(), part.numel()),
-                "sum": Sum(part.sum()),
-                "max": Max(part.max()),
-                "min": Min(part.min()),
-                "lr": Last(1e-3),
-            }
-        )
+        return Metrics({"mean": Mean(part.sum(), part.numel()), "max": Max(part.max())})
 
-    expected = {"mean": 8.0 / 7, "sum": 8.0, "max": 4.0, "min": -2.0, "lr": 1e-3}
+    expected = {"mean": 8.0 / 7, "max": 4.0}
     assert one_process(of(values)) == expected
     for reduced in over_ranks([of(values[:1]) + of(values[1:4]), of(values[4:])]):
         assert reduced.values() == expected
@@ -55,15 +47,15 @@ def test_ranks_and_micro_batches_equal_one_batch():
 
 
 def test_a_rank_without_values_changes_nothing():
-    full = Metrics({"reward": Mean(6.0, 4), "largest": Max(-3.0), "smallest": Min(7.0)})
-    empty = Metrics({"reward": Mean(0, 0), "largest": Max(-math.inf), "smallest": Min(math.inf)})
+    full = Metrics({"reward": Mean(6.0, 4), "largest": Max(-3.0)})
+    empty = Metrics({"reward": Mean(0, 0), "largest": Max(-math.inf)})
     for reduced in over_ranks([empty, full, empty]):
-        assert reduced.values() == {"reward": 1.5, "largest": -3.0, "smallest": 7.0}
+        assert reduced.values() == {"reward": 1.5, "largest": -3.0}
 
 
 def test_a_mean_over_nothing_is_left_out():
-    metrics = Metrics({"kl": Mean(0.0, 0), "tokens": Sum(0)})
-    assert one_process(metrics) == {"tokens": 0.0}
+    metrics = Metrics({"kl": Mean(0.0, 0), "largest": Max(0.0)})
+    assert one_process(metrics) == {"largest": 0.0}
 
 
 def test_ranks_may_meet_names_in_different_orders():
@@ -74,35 +66,30 @@ def test_ranks_may_meet_names_in_different_orders():
     assert list(over_ranks([first, second])[1]) == ["b", "a"]
 
 
-@pytest.mark.parametrize("other", [Metrics({"b": Mean(1.0, 1)}), Metrics({"a": Mean(1.0, 1), "c": Last(0.0)})])
-def test_different_names_on_ranks_are_refused(other):
-    mine = Metrics({"a": Mean(1.0, 1)}) if len(other) == 1 else Metrics({"a": Mean(1.0, 1), "c": Max(0.0)})
+def test_different_names_on_ranks_are_refused():
     with pytest.raises(RuntimeError, match="ranks hold different metrics; this one has a: Mean"):
-        over_ranks([mine, other])
+        over_ranks([Metrics({"a": Mean(1.0, 1)}), Metrics({"b": Mean(1.0, 1)})])
 
 
-def test_last_keeps_the_newest_and_max_and_min_the_extremes():
-    metrics = Metrics({"lr": Last(3.0), "max": Max(1.0), "min": Min(1.0)})
-    metrics.add("lr", Last(2.0))
+def test_max_keeps_the_largest():
+    metrics = Metrics({"max": Max(1.0)})
     metrics.add("max", Max(torch.tensor(0.5)))
-    metrics.add("min", Min(2.0))
-    assert metrics.values() == {"lr": 2.0, "max": 1.0, "min": 1.0}
+    assert metrics.values() == {"max": 1.0}
 
 
 @pytest.mark.parametrize("order", [(math.nan, 1.0), (1.0, math.nan)])
 def test_nan_is_not_hidden_by_a_sound_value(order):
-    for kind in (Max, Min):
-        metrics = Metrics({"x": kind(order[0])}) + Metrics({"x": kind(order[1])})
-        assert math.isnan(metrics.values()["x"])
+    metrics = Metrics({"x": Max(order[0])}) + Metrics({"x": Max(order[1])})
+    assert math.isnan(metrics.values()["x"])
 
 
 def test_one_name_has_one_kind():
-    with pytest.raises(TypeError, match="metric 'kl' is a Mean, not a Sum"):
-        Metrics({"kl": Mean(1.0, 1)}).add("kl", Sum(1.0))
+    with pytest.raises(TypeError, match="metric 'kl' is a Mean, not a Max"):
+        Metrics({"kl": Mean(1.0, 1)}).add("kl", Max(1.0))
 
 
 def test_merging_leaves_both_sides_as_they_were():
-    left, right = Metrics({"kl": Mean(1.0, 1)}), Metrics({"kl": Mean(3.0, 1), "n": Sum(2)})
+    left, right = Metrics({"kl": Mean(1.0, 1)}), Metrics({"kl": Mean(3.0, 1), "n": Max(2)})
     assert (left + right).values() == {"kl": 2.0, "n": 2.0}
     assert left.values() == {"kl": 1.0} and right.values() == {"kl": 3.0, "n": 2.0}
 
@@ -118,9 +105,9 @@ def test_tensors_stay_tensors_without_graph_until_reduced():
 
 def test_long_totals_do_not_lose_counts():
     """In float32, 2**24 + 1 is 2**24."""
-    metrics = Metrics({"tokens": Sum(torch.tensor(2.0**24))})
+    metrics = Metrics({"tokens": Mean(torch.tensor(2.0**24), 1)})
     for _ in range(3):
-        metrics.add("tokens", Sum(torch.tensor(1.0)))
+        metrics.add("tokens", Mean(torch.tensor(1.0), 0))
     assert one_process(metrics) == {"tokens": 2.0**24 + 3}
 
 

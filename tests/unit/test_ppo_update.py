@@ -1,175 +1,39 @@
 """One update of PPO: its gradient is that of a plain computation, whatever the micro-batch, order and padding."""
 
-import copy
 import json
 import math
 from dataclasses import fields, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
+from ppo_world import (
+    LENGTH,
+    PROMPTS,
+    ROWS,
+    TEXTS,
+    config_of,
+    distance,
+    flat,
+    iterate,
+    minibatch_of,
+    padded,
+    rollout_of,
+    update,
+)
 from safetensors.torch import load_file
 
-from alignkit.algo.advantage import GAE
-from alignkit.algo.control import AdaptiveKL, FixedKL
-from alignkit.algo.sampling import SamplingRule
+from alignkit.algo.control import AdaptiveKL
 from alignkit.algo.types import Minibatch
 from alignkit.errors import TrainingError, UserError
-from alignkit.models.loading import make_encoder, scorer_from_policy
-from alignkit.models.scalar import ScalarModel
-from alignkit.observe.metrics import Metrics
-from alignkit.reward.model import ModelSource, RewardModel
+from alignkit.models.loading import make_encoder
 from alignkit.reward.source import Answers
-from alignkit.rollout.native import Native
-from alignkit.runtime.sharding import Cluster
 from alignkit.stages import ppo
 from alignkit.stages.actors import Actors, logprobs_of, values_of
 from alignkit.stages.job import Job
+from alignkit.stages.ppo_update import minibatches
 from alignkit.stages.ptx import PtxBatches
-from alignkit.stages.settings import PPOSettings, PtxSettings
-
-ROWS, WIDTH, LENGTH = 8, 6, 5
-EXACT = "gpt_neox"  # its norms and rotary tables compute in float64 if asked to; RMS norms stay in float32
-PPO = PPOSettings(
-    episodes=16,
-    batch=8,
-    minibatch=4,
-    microbatch=3,
-    epochs=2,
-    learning_rate=1e-3,
-    value_learning_rate=2e-3,
-    adam_eps=1e-5,
-    clip=0.2,
-    value_clip=0.2,
-    max_grad_norm=1e9,
-    max_prompt=8,
-    samples_every=1,
-)
-TEXTS = [([40, 41, 42, 43, 44, 45], 2), ([50, 51, 52], 1), ([60, 61, 62, 63], 3)]  # ids and the length of the prompt
-PROMPTS = ["the harbour", "a lamp", "why", "three letters", "storm from the west", "stones", "she wrote", "quiet"]
-
-
-class Recorder(torch.optim.SGD):
-    """Writes down every gradient that reaches a step, and moves nothing."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__(model.parameters(), lr=0.0)
-        self.names = [name for name, _ in model.named_parameters()]
-        self.steps: list[dict[str, torch.Tensor]] = []
-
-    def step(self, closure=None) -> None:
-        held = zip(self.names, self.param_groups[0]["params"])
-        self.steps.append({name: value.grad.full_tensor().clone() for name, value in held if value.grad is not None})
-
-
-def flat(gradient: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat([gradient[name].flatten().double() for name in sorted(gradient)])
-
-
-def distance(gradient: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Norm of the difference over the norm."""
-    assert gradient.keys() == expected.keys()
-    return float((flat(gradient) - flat(expected)).norm() / flat(expected).norm())
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    cluster = Cluster.open()
-    yield cluster
-    cluster.close()
-
-
-@pytest.fixture(scope="module")
-def make_actors(cluster, tiny_policy, tiny_tokenizer, tmp_path_factory):
-    """Factory of Actors with recording optimizers; `plain` holds unsharded copies of policy and value model."""
-
-    def build(architecture: str = EXACT, dtype=torch.float64, *, stops=(1, 5, 9), optimizer=Recorder) -> Actors:
-        folder = tmp_path_factory.mktemp("policy")
-        policy = tiny_policy(architecture).to(dtype)
-        policy.save_pretrained(folder)
-        reward, value = (ScalarModel(scorer_from_policy(folder, seed=1)).to(dtype) for _ in range(2))
-        value.absorb_affine(0.1, 2.0)
-        reference, plain = copy.deepcopy(policy), (copy.deepcopy(policy), copy.deepcopy(value))
-        policy, value = cluster.shard(policy, trainable=True), cluster.shard(value, trainable=True)
-        actors = Actors(
-            cluster=cluster,
-            encoder=make_encoder(tiny_tokenizer, None),
-            rule=SamplingRule(temperature=0.9, stop_ids=stops),
-            policy=policy,
-            reference=cluster.shard(reference, trainable=False),
-            value_model=value,
-            reward=ModelSource(cluster.shard(reward, trainable=False), 0.1, 2.0),
-            policy_optimizer=optimizer(policy),
-            value_optimizer=optimizer(value),
-            kl_coef=0.1,
-        )
-        actors.plain = plain
-        return actors
-
-    return build
-
-
-@pytest.fixture(scope="module")
-def exact(make_actors):
-    return make_actors()
-
-
-@pytest.fixture(scope="module")
-def single(make_actors):
-    return make_actors("llama", torch.float32)
-
-
-def config_of(ptx: float = 0.0, kl=None, penalty: float = 1.0, **changes) -> SimpleNamespace:
-    return SimpleNamespace(
-        seed=0,
-        ppo=replace(PPO, **changes),
-        ptx=PtxSettings(coef=ptx, path=None, batch=3, max_length=16),
-        rollout=Native(temperature=0.9, min_response=0, max_response=6, batch=64),
-        reward=RewardModel(path=None, normalise="shift_scale", missing_eos_penalty=penalty),
-        advantage=GAE(gamma=1.0, lam=0.95, whiten=True),
-        kl=kl or FixedKL(coef=0.1),
-    )
-
-
-def minibatch_of(actors: Actors) -> Minibatch:
-    """Eight ragged rows near the policy's own log-probabilities and values, so that both clips bind here and there.
-    Padding holds what must not matter: NaN in the numbers, random ids in the tokens."""
-    generator = torch.Generator().manual_seed(3)
-    prompts, responses = [1, 6, 3, 2, 5, 4, 6, 1], [5, 2, 4, 1, 3, 5, 1, 2]
-    tokens = torch.randint(2, 280, (ROWS, WIDTH + LENGTH), generator=generator)
-    mask = torch.zeros(tokens.shape, dtype=torch.bool)
-    for row, (prompt, response) in enumerate(zip(prompts, responses)):
-        mask[row, WIDTH - prompt : WIDTH + response] = True
-    real = mask[:, WIDTH:]
-    rollout = ppo.Rollout(tokens, mask, real, torch.ones(ROWS, dtype=torch.bool))
-    dtype = actors.plain[0].dtype
-
-    def near(values: torch.Tensor, spread: float) -> torch.Tensor:
-        noise = torch.randn(values.shape, generator=generator, dtype=torch.float64) * spread
-        return torch.where(real, values.double() + noise, torch.nan).to(dtype)
-
-    logprobs, _ = logprobs_of(actors.policy, rollout, actors.rule, ROWS)
-    values, zero = values_of(actors.value_model, rollout, ROWS), torch.zeros(ROWS, LENGTH)
-    return Minibatch(tokens, mask, real, near(logprobs, 0.5), near(values, 0.5), near(zero, 1.0), near(values, 1.0))
-
-
-def padded(batch: Minibatch, left: int, right: int) -> Minibatch:
-    """The same rows in a wider rectangle."""
-    fill = {"tokens": 99, "mask": False, "response_mask": False}
-    sides = {"tokens": (left, right), "mask": (left, right)}
-    wide = {}
-    for field in fields(Minibatch):
-        value = getattr(batch, field.name)
-        side = sides.get(field.name, (0, right))
-        wide[field.name] = torch.nn.functional.pad(value, side, value=fill.get(field.name, math.nan))
-    return Minibatch(**wide)
-
-
-def update(actors: Actors, batch: Minibatch, config, ptx: PtxBatches | None = None):
-    """Gradients of policy and value model in one update, and its metrics."""
-    metrics = Metrics()
-    ppo.ppo_update(actors, batch, ptx or PtxBatches([], 1, 0), config, metrics, first=True)
-    return actors.policy_optimizer.steps.pop(), actors.value_optimizer.steps.pop(), metrics.values()
+from alignkit.stages.settings import PtxSettings
+from alignkit.stages.state import PPOState
 
 
 def expected_gradients(actors: Actors, batch: Minibatch) -> tuple[dict, dict]:
@@ -254,10 +118,6 @@ def test_scoring_equals_each_row_alone_with_the_value_read_before_its_token(exac
             torch.testing.assert_close(scores[row], scalars[-1], rtol=0, atol=1e-11)  # in normalised units, as values
 
 
-def rollout_of(batch: Minibatch):
-    return ppo.Rollout(batch.tokens, batch.mask, batch.response_mask, torch.ones(len(batch), dtype=torch.bool))
-
-
 def test_scoring_keeps_the_precision_of_the_model(exact):
     """Otherwise a run in float64 is not exact: the ratio starts at 1 only to 1e-7."""
     rollout = rollout_of(minibatch_of(exact))
@@ -308,24 +168,14 @@ def test_ptx_adds_its_coefficient_times_the_mean_negative_log_likelihood(exact):
 
 def test_ptx_batches_go_round_and_remember_where_they_are(tiny_tokenizer):
     batches = PtxBatches(TEXTS, 2, seed=0)
-    taken = [row for _ in range(6) for row in batches.take()]
-    assert batches.position == 12
+    taken = [row for position in range(0, 12, 2) for row in batches.take(position)]
     for start in range(0, 12, 3):
         assert sorted(map(repr, taken[start : start + 3])) == sorted(map(repr, TEXTS))
-    assert PtxBatches(TEXTS, 2, seed=0, position=8).take() == taken[8:10]
+    assert PtxBatches(TEXTS, 2, seed=0).take(8) == taken[8:10]
     with pytest.raises(UserError, match="no demonstrations"):
         PtxBatches.open(
             [], make_encoder(tiny_tokenizer, None), PtxSettings(coef=0.1, path=None, batch=2, max_length=9), 0
         )
-
-
-def prompts_of(actors: Actors):
-    return [(text, actors.encoder.prompt(text)) for text in PROMPTS]
-
-
-def iterate(actors: Actors, config, out, number: int = 0):
-    job = Job("ppo", config, {}, out, first=True)
-    return ppo.ppo_iteration(actors, prompts_of(actors), PtxBatches(TEXTS, 3, 0), job, number, None)
 
 
 @pytest.mark.parametrize("epochs, minibatch", [(1, 8), (2, 4), (3, 2)])
@@ -347,7 +197,7 @@ def test_before_the_first_update_the_policy_is_the_reference(single, tmp_path):
 
 def test_rewards_are_scores_less_the_penalty_for_not_ending(single, tmp_path):
     """At KL 0 the summed reward of a row is its score, less the penalty where no stop token came."""
-    values, samples = iterate(single, config_of(penalty=3.0), tmp_path)
+    values, samples = iterate(single, config_of(shaping={"missing_eos_penalty": 3.0}), tmp_path)
     ended = sum(row["finished"] for row in samples) / 8
     assert values["eos_fraction"] == ended
     assert values["score_mean"] == pytest.approx(sum(row["score"] for row in samples) / 8, rel=1e-6)
@@ -355,11 +205,11 @@ def test_rewards_are_scores_less_the_penalty_for_not_ending(single, tmp_path):
 
 
 def test_the_coefficient_of_the_next_iteration_follows_kl_in_nats_per_sequence(single, tmp_path, monkeypatch):
-    kl = AdaptiveKL(coef=0.1, target=6.0, horizon=100)
-    monkeypatch.setattr(single, "kl_coef", 0.5)
+    kl = AdaptiveKL(coef=0.1, target=6.0, horizon=100, estimator="k1", place="reward")
+    monkeypatch.setattr(single, "state", PPOState(kl_coef=0.5))
     values, _ = iterate(single, config_of(kl=kl), tmp_path)
     assert values["kl"] == 0.0 and values["kl_coef"] == 0.5 and values["kl_target"] == 6.0
-    assert single.kl_coef == pytest.approx(0.5 * (1 - 0.2 * 8 / 100), rel=1e-12)
+    assert single.state.kl_coef == pytest.approx(0.5 * (1 - 0.2 * 8 / 100), rel=1e-12)
 
 
 def test_learning_rates_fall_to_zero_in_a_line(single, tmp_path):
@@ -433,7 +283,7 @@ def test_a_score_that_is_not_finite_stops_the_run_and_leaves_its_data(single, ba
         iterate(single, config_of(), tmp_path)
     assert str(folder) in str(error.value) and single.policy_optimizer.steps == []
     tensors = load_file(folder / "batch.safetensors")
-    assert {field.name for field in fields(Minibatch)} | {"scores", "ref_logprobs"} == tensors.keys()
+    assert {field.name for field in fields(Minibatch)} | {"scores"} == tensors.keys()
     assert torch.isfinite(tensors["scores"]).tolist() == [row != 3 for row in range(8)]
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text("utf-8").splitlines()]
     assert [row["prompt"] for row in rows] == PROMPTS and all("response" in row for row in rows)
@@ -461,7 +311,7 @@ def test_minibatches_cover_every_row_once_an_epoch_in_a_fresh_order(exact):
     batch, config = minibatch_of(exact), config_of(minibatch=4, epochs=3)
     keys = [tuple(row[keep].tolist()) for row, keep in zip(batch.tokens, batch.mask)]
     seen = []
-    for part in ppo.minibatches(batch, config, iteration=2):
+    for part in minibatches(batch, config, iteration=2):
         seen += [keys.index(tuple(row[keep].tolist())) for row, keep in zip(part.tokens, part.mask)]
     epochs = [seen[start : start + 8] for start in (0, 8, 16)]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and len(set(map(tuple, epochs))) == 3

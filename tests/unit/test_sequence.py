@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import reference
 import torch
 
 from alignkit.algo.sequence import last_token_index, position_ids, response_mask, token_entropy, token_logprobs
@@ -79,6 +80,44 @@ def test_entropy_of_known_distributions():
     np.testing.assert_allclose(token_entropy(logits.double())[0].numpy(), expected, atol=1e-12)
 
 
+def test_the_gradients_of_entropy_and_log_probability_pass_gradcheck():
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    tokens = torch.tensor([[0, 3, 4], [1, 1, 2]])
+    assert torch.autograd.gradcheck(token_entropy, logits)
+    assert torch.autograd.gradcheck(lambda x: token_logprobs(x, tokens), logits)
+
+
+def test_the_gradient_of_entropy_is_the_slope_of_the_numpy_reference():
+    logits = torch.randn(1, 1, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+    token_entropy(logits).sum().backward()
+    for i in range(5):
+        moved = [[x + h * (i == j) for j, x in enumerate(logits[0, 0].tolist())] for h in (1e-5, -1e-5)]
+        slope = (reference.entropy(moved[0]) - reference.entropy(moved[1])) / 2e-5
+        assert float(logits.grad[0, 0, i]) == pytest.approx(slope, abs=1e-9)
+
+
+def forbidden_token() -> torch.Tensor:
+    """Logits whose last token cannot be sampled, as the sampling rule leaves stop tokens before min_response."""
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    logits[..., -1] = -float("inf")
+    return logits.requires_grad_(True)
+
+
+def test_a_token_that_cannot_be_sampled_leaves_the_gradient_of_log_probabilities_finite():
+    logits = forbidden_token()
+    token_logprobs(logits, torch.zeros(2, 3, dtype=torch.long)).sum().backward()
+    assert torch.isfinite(logits.grad).all() and not logits.grad[..., -1].any() and logits.grad[..., :-1].all()
+
+
+def test_a_token_that_cannot_be_sampled_leaves_the_gradient_of_entropy_finite():
+    logits = forbidden_token()
+    token_entropy(logits).sum().backward()
+    rest = logits.detach()[..., :-1].clone().requires_grad_(True)
+    token_entropy(rest).sum().backward()
+    torch.testing.assert_close(logits.grad[..., :-1], rest.grad, rtol=0, atol=1e-14)
+    assert not logits.grad[..., -1].any()
+
+
 def test_tokens_must_match_the_positions_of_the_logits():
-    with pytest.raises(ValueError, match="expected one shape"):
+    with pytest.raises(ValueError, match=r"expected one shape.*\(2, 2\).*\(2, 3\)"):
         token_logprobs(torch.zeros(2, 3, 5), torch.zeros(2, 2, dtype=torch.long))

@@ -9,7 +9,8 @@ from alignkit.models.loading import make_encoder
 from alignkit.observe.closing import table
 from alignkit.observe.progress import Progress, duration
 from alignkit.runtime.recipe import with_outer_ranks
-from alignkit.stages import reward_model, sft
+from alignkit.stages import reward_model
+from alignkit.stages.common import encode_demonstrations
 
 TURN = [{"role": "user", "content": "why?"}]
 
@@ -20,7 +21,7 @@ def encoder(tiny_tokenizer):
 
 
 def test_sft_learns_the_response_and_its_end_but_not_the_prompt(encoder):
-    (row,), _ = sft.encode([Demonstration(TURN, "a lamp")], encoder, 100)
+    (row,), _ = encode_demonstrations([Demonstration(TURN, "a lamp")], encoder, 100)
     prompt = encoder.prompt(TURN)
     assert row["labels"][: len(prompt)] == [-100] * len(prompt)
     assert row["labels"][len(prompt) :] == row["input_ids"][len(prompt) :]
@@ -29,7 +30,7 @@ def test_sft_learns_the_response_and_its_end_but_not_the_prompt(encoder):
 
 def test_sft_counts_what_it_cuts_and_what_it_leaves_out(encoder):
     rows = [Demonstration(TURN, "a lamp"), Demonstration(TURN, "a lamp " * 30), Demonstration("why " * 60, "a lamp")]
-    encoded, counts = sft.encode(rows, encoder, 40)
+    encoded, counts = encode_demonstrations(rows, encoder, 40)
     assert [len(row["input_ids"]) for row in encoded][1] == 40 and len(encoded) == 2
     assert counts == {"responses were cut short": 1, "prompts were left out": 1}
 

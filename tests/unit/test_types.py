@@ -18,10 +18,17 @@ def rollout() -> Rollout:
     return Rollout(tokens=tokens, mask=mask, response_mask=mask[:, 5:], finished=torch.tensor([True, False, True]))
 
 
-def minibatch() -> Minibatch:
+def minibatch(extra_slot: bool = False) -> Minibatch:
+    """extra_slot: a value on the slot after the response, as with score_position=eos_plus_one."""
     whole = rollout()
-    named = {name: torch.arange(12.0).reshape(3, 4) + 50 * k for k, name in enumerate(["a", "b", "c", "d"])}
-    return Minibatch(whole.tokens, whole.mask, whole.response_mask, *named.values())
+    value_mask = whole.response_mask.clone()
+    if extra_slot:
+        value_mask[:, 1:] |= whole.response_mask[:, :-1]
+    names = ["old_logprobs", "ref_logprobs", "old_values", "advantages", "returns"]
+    numbers = {name: torch.arange(12.0).reshape(3, 4) + 50 * k for k, name in enumerate(names)}
+    return Minibatch(
+        tokens=whole.tokens, mask=whole.mask, response_mask=whole.response_mask, value_mask=value_mask, **numbers
+    )
 
 
 def test_prompt_and_response_are_cut_where_the_response_mask_begins():
@@ -48,20 +55,27 @@ def test_trimming_loses_no_real_token(index):
     assert part.mask[:, 0].any() and part.response_mask[:, -1].any(), "a column that no row needs is left"
 
 
-def test_rows_of_a_minibatch_keep_every_field_in_step():
-    whole, part = minibatch(), minibatch().rows(torch.tensor([2, 0]))
+@pytest.mark.parametrize("extra_slot, longest", [(False, 3), (True, 4)])
+def test_rows_of_a_minibatch_keep_every_field_in_step(extra_slot, longest):
+    whole, part = minibatch(extra_slot), minibatch(extra_slot).rows(torch.tensor([2, 0]))
     assert len(part) == 2
     for field in fields(Minibatch):
         before, after = getattr(whole, field.name), getattr(part, field.name)
-        if before.shape[1] == 4:
-            torch.testing.assert_close(after, before[[2, 0]][:, :3])
+        if field.name in ("tokens", "mask"):
+            torch.testing.assert_close(after, before[[2, 0]][:, 3 : 5 + longest])
         else:
-            torch.testing.assert_close(after, before[[2, 0]][:, 3:8])
+            torch.testing.assert_close(after, before[[2, 0]][:, :longest])
+
+
+def test_the_slot_after_the_longest_response_is_not_trimmed():
+    part = minibatch(extra_slot=True).rows(torch.tensor([1]))
+    assert part.response_mask.tolist() == [[True, False]] and part.value_mask.tolist() == [[True, True]]
+    assert part.tokens.shape[1] == 4 + 2, "the prompt and the slots"
 
 
 def test_rows_that_are_not_real_have_nothing_to_learn():
-    part = minibatch().only(torch.tensor([True, False, True]))
-    assert part.response_mask.sum(dim=1).tolist() == [3, 0, 2]
+    part = minibatch(extra_slot=True).only(torch.tensor([True, False, True]))
+    assert part.response_mask.sum(dim=1).tolist() == [3, 0, 2] and part.value_mask.sum(dim=1).tolist() == [4, 0, 3]
     assert part.mask.equal(minibatch().mask), "the model still sees the row, so that all ranks make the same calls"
     assert part.rows(torch.tensor([1])).response_mask.shape == (1, 1)
 
@@ -79,5 +93,5 @@ def test_shapes_that_would_broadcast_are_refused_with_both_names():
 
 @pytest.mark.parametrize("dtype", [torch.long, torch.float32, torch.uint8])
 def test_a_mask_that_is_not_bool_is_refused(dtype):
-    with pytest.raises(ValueError, match="response_mask must be a bool tensor"):
+    with pytest.raises(ValueError, match=f"response_mask must be a bool tensor, got {dtype}"):
         require_bool(response_mask=torch.ones(2, dtype=dtype))

@@ -1,0 +1,77 @@
+"""What a PPO run must remember between iterations besides weights and optimizers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class PPOState:
+    """All that changes from one iteration to the next and is not a weight.
+
+    iteration:      finished iterations: the cursor in the prompts, the counter of the sampling noise, and where the
+                    learning-rate schedules and the warm-ups stand, all of which are functions of it and of the seed.
+    kl_coef:        reward units per nat, of the next iteration.
+    score_moments:  count, mean, sum of squared deviations of all scores so far.
+    ptx_rows:       rows of ptx text used so far.
+    policy_steps, value_steps: optimizer steps taken.
+    """
+
+    kl_coef: float
+    iteration: int = 0
+    score_moments: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    ptx_rows: int = 0
+    policy_steps: int = 0
+    value_steps: int = 0
+
+    def add_scores(self, scores: Tensor) -> Tensor:
+        """Take the scores [B] of an iteration into the running moments; returns them, [3] float64."""
+        from alignkit.algo.masked import merge_moments, moments
+
+        seen = torch.tensor(self.score_moments, dtype=torch.float64, device=scores.device)
+        merged = merge_moments(torch.stack([seen, moments(scores, torch.ones_like(scores, dtype=torch.bool))]))
+        self.score_moments = tuple(merged.tolist())
+        return merged
+
+    def state_dict(self) -> dict:
+        """Plain numbers, and the state of torch's generator (a reward source of the user's may draw from it)."""
+        return {**asdict(self), "torch_rng": torch.get_rng_state()}
+
+    @classmethod
+    def from_state_dict(cls, saved: dict) -> PPOState:
+        """The inverse of `state_dict`; sets torch's generator."""
+        values = dict(saved)
+        torch.set_rng_state(values.pop("torch_rng"))
+        return cls(**{**values, "score_moments": tuple(values["score_moments"])})
+
+
+class AveragedWeights:
+    """The exponential moving average of a model's trained weights, sharded like them.
+
+        average <- decay * average + (1 - decay) * weights,    after every optimizer step
+
+    Source: Polyak and Juditsky 1992; Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155, appendix C.4 (decay 0.992).
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, model: torch.nn.Module) -> None:
+        """Move the average towards the weights as they are now."""
+        for name, parameter in model.named_parameters():
+            if name in self.average:
+                self.average[name].lerp_(parameter, 1.0 - self.decay)
+
+    @torch.no_grad()
+    def swap(self, model: torch.nn.Module) -> None:
+        """Put the average into the model and the model's weights here; a second call undoes it."""
+        for name, parameter in model.named_parameters():
+            if name in self.average:
+                held = parameter.detach().clone()
+                parameter.copy_(self.average[name])
+                self.average[name] = held
