@@ -129,6 +129,26 @@ def test_the_package_can_be_read_in_a_day():
     assert sum(len(text.splitlines()) for text in SOURCES.values()) < 8000
 
 
+def docstrings(text: str) -> Iterator[str]:
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef
+    yield from (ast.get_docstring(node) or "" for node in ast.walk(ast.parse(text)) if isinstance(node, documented))
+
+
+def is_test(name: str) -> bool:
+    """`test_file.py::test_name`, in tests/unit, or with its folder in tests."""
+    path, _, test = name.partition("::")
+    file = ROOT / "tests" / (path if "/" in path else f"unit/{path}")
+    return file.is_file() and test in {getattr(node, "name", "") for node in ast.parse(file.read_text("utf-8")).body}
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_a_formula_names_its_source_and_the_tests_that_pin_it(path):
+    for doc in docstrings(SOURCES[path]):
+        named = re.findall(r"[\w/]+\.py::\w+", doc.partition("Tests:")[2])
+        assert [name for name in named if not is_test(name)] == []
+        assert named or room(path) != "algo" or "Source:" not in doc, doc
+
+
 def test_no_note_to_self_is_left():
     marks = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
     folders = [place for place in (PACKAGE, ROOT / "conf", ROOT / "recipes") if place.is_dir()]

@@ -57,8 +57,11 @@ class RLOO:
     def __call__(self, reward: ShapedReward, values: Tensor, mask: Tensor, samples: int) -> Advantages:
         """A_i = S_i - mean_{j != i} S_j on every token of response i; S: summed reward, KL penalty included.
 
-        Rows i are `samples` responses to a prompt in a row. Source: Kool et al. 2019 (REINFORCE leave-one-out);
-        Ahmadian et al. 2024, arXiv:2402.14740, eq. 8.
+        Rows i are `samples` responses to a prompt in a row.
+        Source: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; Ahmadian et al. 2024 (RLOO),
+                arXiv:2402.14740.
+        Tests:  test_advantage.py::test_rloo_compares_with_the_mean_of_the_others,
+                test_advantage.py::test_the_expected_policy_gradient_is_that_of_reward_less_kl
         """
         groups = _groups(reward, mask, samples)
         return _on_every_token((groups - groups.mean(dim=1, keepdim=True)) * (samples / (samples - 1)), mask)
@@ -81,7 +84,9 @@ class GRPO:
         """A_i = (S_i - mean_j S_j) [/ (std_j S_j + 1e-4)] on every token of response i; the std divides by samples - 1.
 
         Source: Shao et al. 2024 (DeepSeekMath), arXiv:2402.03300, section 4.1.2; without the division: Liu et al. 2025
-        (Dr. GRPO), arXiv:2503.20783.
+                (Dr. GRPO), arXiv:2503.20783.
+        Tests:  test_advantage.py::test_grpo_compares_with_the_mean_of_all_and_may_divide_by_their_deviation,
+                test_advantage.py::test_grpo_without_the_deviation_follows_the_same_gradient_scaled
         """
         groups = _groups(reward, mask, samples)
         gained = groups - groups.mean(dim=1, keepdim=True)
@@ -103,7 +108,12 @@ class ReinforcePlusPlus:
     min_samples = 1
 
     def __call__(self, reward: ShapedReward, values: Tensor, mask: Tensor, samples: int) -> Advantages:
-        """A_t = sum_{k >= t} gamma^(k - t) r_k. Source: Hu 2025 (REINFORCE++), arXiv:2501.03262, section 3."""
+        """A_t = sum_{k >= t} gamma^(k - t) r_k, the KL penalty being part of each r_k.
+
+        Source: Hu 2025 (REINFORCE++), arXiv:2501.03262 (there gamma = 1).
+        Tests:  test_advantage.py::test_reinforce_plus_plus_sums_the_rewards_to_come,
+                test_against_numpy.py::test_reinforce_plus_plus
+        """
         import torch
 
         from alignkit.algo.types import Advantages, same_shape
@@ -124,6 +134,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     Units:   reward-model units.
     A response cut off at R tokens is treated as ended there: no value is bootstrapped, as its score is already known.
     Source:  Schulman et al. 2016, arXiv:1506.02438, eq. 16.
+    Tests:   test_advantage.py::test_gae_gives_the_published_numbers,
+             test_advantage.py::test_ragged_responses_equal_the_definition_row_by_row
     """
     import torch
 
@@ -145,7 +157,13 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
 
 def normalise(advantages: Tensor, mask: Tensor, whiten: Whiten, clip: float | None, *, over: Whiten) -> Tensor:
     """Whiten and clip advantages [B, R] where their turn has come: `over` says whether these rows are the whole batch
-    of an iteration or one minibatch. Clipping follows whitening."""
+    of an iteration or one minibatch. Clipping follows whitening.
+
+    Source: over a minibatch: Ziegler et al. 2019 code; over the batch: Huang et al. 2024 (N+), arXiv:2403.17031;
+            clipping: Zheng et al. 2023, arXiv:2307.04964 (advantage normalization and clipping).
+    Tests:  test_advantage.py::test_whitening_and_clipping_come_once_and_in_that_order,
+            test_against_numpy.py::test_whitening_and_then_clipping
+    """
     from alignkit.algo.masked import whiten as whitened
 
     if whiten == over:

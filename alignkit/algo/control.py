@@ -42,6 +42,7 @@ class AdaptiveKL:
     horizon:  episodes; larger is slower. One step changes the coefficient by at most 20% * episodes / horizon.
     estimator, place: as in FixedKL.
     Source:   Ziegler et al. 2019, arXiv:1909.08593, section 2.2 and its code (episodes in the step, horizon 10,000).
+    Tests:    test_control.py::test_the_coefficient_follows_kl_per_sequence, test_against_numpy.py::test_kl_controllers
     """
 
     coef: Positive

@@ -19,7 +19,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, estimat
 
     Shapes:  all [B, R]; mask bool.   Units: nats.
     k1 is unbiased and may be negative; k3 is unbiased and never negative; k2 is biased, its gradient is not.
-    Source:  Schulman 2020, "Approximating KL divergence"; Ziegler et al. 2019, section 2.2 uses k1 in the reward.
+    Source:  Schulman 2020, "Approximating KL divergence"; in the reward, k1: Ziegler et al. 2019,
+             arXiv:1909.08593, eq. 2.
+    Tests:   test_kl.py::test_estimators_give_the_published_numbers, test_kl.py::test_k1_and_k3_are_unbiased
     """
     same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
     require_bool(mask=mask)
@@ -39,7 +41,9 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, estimator: 
     k2: as it is; its gradient, x * grad logprobs, is in expectation that of KL(policy || reference).
     k3: its value, with the gradient of k2 (straight-through), since its own gradient is that of another divergence.
     Raises ValueError for k1, whose gradient is 0 in expectation.
-    Source: Schulman 2020; Tang and Munos 2025, arXiv:2506.09477, on the gradients of the three.
+    Source: Schulman 2020 (the values); Tang and Munos 2025, arXiv:2506.09477, on the gradients of the three.
+    Tests:  test_kl.py::test_the_expected_gradient_of_the_kl_loss_is_that_of_the_exact_kl,
+            test_kl.py::test_k3_by_itself_would_follow_the_gradient_of_the_reverse_kl
     """
     if estimator == "k1":
         raise ValueError("k1 in the loss has no gradient in expectation; choose k2 or k3")

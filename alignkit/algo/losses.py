@@ -33,8 +33,9 @@ def clipped_policy_loss(
     Units:   log-probabilities in nats at the sampling temperature, their difference cut at 20 nats before exp;
              advantages dimensionless once whitened.
     Raises:  ValueError if shapes differ, if mask is not bool, or unless 0 < clip < 1, clip_high > 0, dual_clip > 1.
-    Source:  Schulman et al. 2017, arXiv:1707.06347, eq. 7; two ranges: Yu et al. 2025 (DAPO), arXiv:2503.14476, eq. 10;
+    Source:  Schulman et al. 2017, arXiv:1707.06347, eq. 7; two ranges: Yu et al. 2025 (DAPO), arXiv:2503.14476, eq. 8;
              dual clip: Ye et al. 2020, arXiv:1912.09729, eq. 5.
+    Tests:   test_losses.py::test_the_policy_loss_in_its_cases, test_against_numpy.py::test_the_policy_loss
     """
     same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
     require_bool(mask=mask)
@@ -62,6 +63,8 @@ def clipped_value_loss(
     Units:   reward-model units; clip likewise (None: no clipping).
     Raises:  ValueError if shapes differ, if mask is not bool, or if clip is not positive.
     Source:  Ziegler et al. 2019 code; Huang et al. 2024, arXiv:2403.17031.
+    Tests:   test_losses.py::test_the_value_loss_takes_the_larger_of_plain_and_clipped,
+             test_against_numpy.py::test_the_value_loss
     """
     same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
     require_bool(mask=mask)
@@ -82,6 +85,8 @@ def aggregate(per_token: Tensor, mask: Tensor, how: Aggregation, *, tokens: int,
 
     Shapes: per_token, mask [B, R] -> []. tokens, rows: of the whole step, over all micro-batches and ranks.
     Source: the second is what a micro-batch of one row computes in the N+ code (Huang et al. 2024, arXiv:2403.17031).
+    Tests:  test_losses.py::test_the_two_aggregations_by_hand,
+            test_losses.py::test_micro_batches_add_up_to_the_whole_whatever_the_split
     """
     same_shape(per_token=per_token, mask=mask)
     require_bool(mask=mask)
@@ -96,7 +101,8 @@ def aggregate(per_token: Tensor, mask: Tensor, how: Aggregation, *, tokens: int,
 def negative_log_likelihood(logprobs: Tensor, mask: Tensor) -> Summed:
     """- sum_t mask_t * logprobs_t: the language-model loss that `ptx` mixes in. Shapes: [B, T]; nats.
 
-    Source: Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155, eq. 2, second term.
+    Source: Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155, eq. 2, last term.
+    Tests:  test_losses.py::test_the_language_model_loss_is_summed_over_the_real_tokens
     """
     same_shape(logprobs=logprobs, mask=mask)
     require_bool(mask=mask)
@@ -107,6 +113,8 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None
     """Bradley-Terry: - sum log sigmoid(chosen - rejected - margin). Shapes: all [B]; reward units.
 
     Source: Stiennon et al. 2020, arXiv:2009.01325, section 3.4; margin as in Touvron et al. 2023, arXiv:2307.09288.
+    Tests:  test_losses.py::test_the_pairwise_loss_is_exact_for_pairs_that_are_very_wrong,
+            test_losses.py::test_a_margin_asks_for_that_much_more
     """
     same_shape(chosen=chosen, rejected=rejected, margin=chosen if margin is None else margin)
     difference = chosen - rejected if margin is None else chosen - rejected - margin

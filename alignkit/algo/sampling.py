@@ -41,6 +41,8 @@ def uniform_noise(seed: int, iteration: int, index: Tensor, num_positions: int) 
     Shapes: index [B] int64 -> [B, num_positions] float64. The same place gives the same number in any batch, on any
     rank, on any device; repeated prompts in one iteration need distinct indices.
     Source: the finaliser of SplitMix64 (Steele, Lea, Flood 2014), chained over the four coordinates.
+    Tests:  test_sampling.py::test_the_generator_is_the_published_one,
+            test_sampling.py::test_noise_is_uniform_along_rows_and_positions
     """
     state = _mix(torch.full_like(index, seed))
     state = _mix(state ^ _mix(torch.full_like(index, iteration) + 0x51))
@@ -55,6 +57,9 @@ def draw(logits: Tensor, noise: Tensor) -> Tensor:
 
     Shapes: logits [B, V] after the sampling rule, noise [B] in (0, 1) -> [B] int64. A token of probability 0 is never
     drawn. In float64 the choice does not depend on how the batch was laid out, but for the last bits of the logits.
+    Source: inversion of the distribution function (Devroye 1986, "Non-uniform random variate generation").
+    Tests:  test_sampling.py::test_a_draw_is_the_inverse_of_the_cumulative_probability,
+            test_sampling.py::test_a_draw_follows_the_probabilities
     """
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
     threshold = noise[:, None] * cumulative[:, -1:]

@@ -13,7 +13,10 @@ def learning_rate_share(schedule: Schedule, iteration: int, iterations: int, war
         constant 1;  linear 1 - s;  cosine (1 + cos(pi s)) / 2;  inverse_sqrt sqrt(max(warmup, 1) / (iteration + 1))
 
     Source: linear: Ziegler et al. 2019 code (1 - (update - 1) / updates); warm-up from a tenth over 10 iterations, then
-    constant: Ouyang et al. 2022 (InstructGPT), appendix C.4; inverse_sqrt: Vaswani et al. 2017, section 5.3.
+    constant: Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155, appendix C.4; cosine, to 0: Loshchilov and Hutter
+    2017, arXiv:1608.03983, eq. 5; inverse_sqrt: Vaswani et al. 2017, arXiv:1706.03762, section 5.3.
+    Tests: test_schedule.py::test_every_schedule_rises_to_its_peak_and_then_never_rises,
+           test_against_numpy.py::test_learning_rates
     """
     if iteration < warmup:
         return (iteration + 1) / warmup

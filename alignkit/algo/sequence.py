@@ -31,7 +31,12 @@ def position_ids(mask: Tensor) -> Tensor:
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log softmax(logits)[token], in float32 or better. logits [B, R, V], tokens [B, R] -> [B, R] nats."""
+    """log softmax(logits)[token], in float32 or better. logits [B, R, V], tokens [B, R] -> [B, R] nats.
+
+    Source: the definition, as logits[token] - logsumexp(logits).
+    Tests:  test_sequence.py::test_log_probabilities_equal_numpy_and_survive_large_logits,
+            test_against_numpy.py::test_entropies_and_log_probabilities
+    """
     same_shape(tokens=tokens, positions=logits[..., 0])
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(dim=-1)
@@ -41,6 +46,9 @@ def token_entropy(logits: Tensor) -> Tensor:
     """Entropy of each position's distribution, - sum_v p_v log p_v. logits [B, R, V] -> [B, R] nats.
 
     A token that cannot be sampled (logit -inf) contributes nothing.
+    Source: Shannon 1948.
+    Tests:  test_sequence.py::test_entropy_of_known_distributions,
+            test_sequence.py::test_the_gradient_of_entropy_is_the_slope_of_the_numpy_reference
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logp = logits.log_softmax(dim=-1)

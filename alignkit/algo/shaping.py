@@ -39,8 +39,10 @@ class Shaping:
         """The scores that are paid. scores [B], finished [B] bool, lengths [B] tokens -> [B].
 
         seen: [3] moments (see `masked.moments`) of all scores of the run, these included, before any shaping.
-        Source: Zheng et al. 2023 (Secrets of RLHF I), arXiv:2307.04964, section 5.4, eq. 18 (running, clip); Huang et
-        al. 2024 (N+), arXiv:2403.17031, on the missing EOS (replace by -1).
+        Source: Zheng et al. 2023 (Secrets of RLHF I), arXiv:2307.04964, on score reparameterization (running, clip);
+                Huang et al. 2024 (N+), arXiv:2403.17031, on the missing EOS (replace by -1).
+        Tests:  test_against_numpy.py::test_the_scores_that_are_paid,
+                test_shaping.py::test_the_score_is_clipped_after_scaling_and_before_what_is_taken_off
         """
         import torch
 
@@ -59,6 +61,8 @@ def reward_slots(mask: Tensor, position: Literal["eos", "eos_plus_one"]) -> Tens
     """Where rewards and values live: the response tokens, and for eos_plus_one the slot after them if there is one.
 
     mask [B, R] bool, True on a prefix of each row -> [B, R] bool.
+    Source: eos_plus_one: the code of Huang et al. 2024 (N+), arXiv:2403.17031.
+    Tests:  test_shaping.py::test_eos_plus_one_adds_a_slot_where_there_is_room
     """
     if position == "eos":
         return mask
@@ -77,6 +81,8 @@ def shape_reward(scores: Tensor, kl: Tensor, penalty: Tensor, slots: Tensor, *, 
     Units:   reward-model units; coef in reward units per nat.
     Source:  Ziegler et al. 2019, arXiv:1909.08593, eq. 2; the score sits on the stop token (as OpenRLHF and verl
              place it) unless asked otherwise, so that its credit does not pass through a value of padding.
+    Tests:   test_shaping.py::test_reward_is_the_penalty_everywhere_and_the_score_on_the_last_token,
+             test_against_numpy.py::test_the_reward_of_each_token_and_its_slots
     """
     from alignkit.algo.sequence import last_token_index
     from alignkit.algo.types import ShapedReward, same_shape

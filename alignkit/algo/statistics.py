@@ -9,7 +9,11 @@ Z95 = 1.959963984540054  # two-sided 95% of the normal distribution
 
 
 def wilson_interval(successes: float, count: int) -> tuple[float, float]:
-    """95% interval of a share. Source: Wilson 1927. count 0 gives (0, 1): nothing is known."""
+    """95% interval of a share. count 0 gives (0, 1): nothing is known.
+
+    Source: Wilson 1927; Newcombe 1998, method 3.
+    Tests:  test_statistics.py::test_wilson_intervals_equal_the_published_table
+    """
     if count == 0:
         return 0.0, 1.0
     share, square = successes / count, Z95**2
@@ -22,7 +26,10 @@ def contrast_accuracy(positive: Tensor, negative: Tensor) -> tuple[float, float,
     """Share of (positive, negative) pairs in order, ties counting half, with its 95% interval.
 
     Shapes: scores [m] and [n] -> (share, low, high). The m * n pairs are not independent, so the spread is that of
-    the two samples of texts, not of the pairs. Source: Mann and Whitney 1947; DeLong et al. 1988 (variance).
+    the two samples of texts, not of the pairs.
+    Source: Mann and Whitney 1947; DeLong et al. 1988 (variance).
+    Tests:  test_statistics.py::test_contrast_accuracy_counts_all_pairs,
+            test_statistics.py::test_the_contrast_interval_has_the_width_of_delong
     """
     difference = positive.double()[:, None] - negative.double()[None, :]
     order = torch.where(difference > 0, 1.0, torch.where(difference == 0, 0.5, 0.0)).double()
@@ -38,7 +45,9 @@ def contrast_accuracy(positive: Tensor, negative: Tensor) -> tuple[float, float,
 def distinct_2(responses: list[list[int]]) -> float:
     """Share of distinct pairs of neighbouring tokens among all such pairs, over all responses; 0 if there are none.
 
-    Source: Li et al. 2016, arXiv:1510.03055. It falls with the number of responses: compare equal numbers only.
+    It falls with the number of responses: compare equal numbers only.
+    Source: Li et al. 2016, arXiv:1510.03055, who divide by the number of tokens rather than of pairs.
+    Tests:  test_statistics.py::test_distinct_2_by_hand
     """
     pairs = [pair for row in responses for pair in zip(row, row[1:])]
     return len(set(pairs)) / len(pairs) if pairs else 0.0

@@ -111,6 +111,7 @@ def scorer_from_policy(path: str | Path, seed: int, **options: Any) -> nn.Module
     """The backbone of a causal model with a fresh scalar head, weights N(0, 1/(d+1)). options: transformers' own.
 
     Source: Stiennon et al. 2020 code; Huang et al. 2024, arXiv:2403.17031 (reward-head initialisation).
+    Tests:  test_models.py::test_the_fresh_head_has_deviation_one_over_the_root_of_width_plus_one
     """
     model = _load_classifier(path, num_labels=1, **options)
     head = scalar_head(model)

@@ -48,7 +48,12 @@ class ScalarModel(nn.Module):
 
     def absorb_affine(self, mean: float, std: float) -> None:
         """Make the output (scalar - mean) / std, so that a value model copied from a reward model starts in the units
-        of the normalised reward that PPO pays."""
+        of the normalised reward that PPO pays.
+
+        Source: value model from reward model: Stiennon et al. 2020, arXiv:2009.01325, section 3.4; the change of units
+                is ours, as both are affine in the head.
+        Tests:  test_models.py::test_absorbing_the_normalisation_makes_values_start_in_the_rewards_units
+        """
         with torch.no_grad():
             self.head.weight.div_(std)
             if self.head.bias is not None:

@@ -149,8 +149,10 @@ def tell_weights(actors: Actors) -> None:
     parts = []
     owners = {"reference": actors.reference, "policy": actors.policy, "value": actors.value_model}
     for name, model in {**owners, "reward": getattr(actors.reward, "model", None)}.items():
-        size = weight_bytes(model, seen) if isinstance(model, torch.nn.Module) else 0
-        parts.append(f"{name} {size / 2**20:.1f} MiB" if size else f"{name} shared or none")
+        if isinstance(model, torch.nn.Module):
+            parts.append(f"{name} {weight_bytes(model, seen) / 2**20:.1f} MiB")
+        elif model is not None:
+            parts.append(f"{name} shared")
     print(f"ppo: weights on this rank: {', '.join(parts)}")
 
 

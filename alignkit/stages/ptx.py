@@ -2,7 +2,9 @@
 
     L = L_PPO + coef * (- sum_t log p(text_t)) / (number of ptx tokens of the step, over all ranks)
 
-Source: Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155, eq. 2. It keeps the policy fluent while it chases reward.
+It keeps the policy fluent while it chases reward.
+Source: Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155, eq. 2 (there a mean over texts of sums over their tokens).
+Tests:  test_ppo_update.py::test_ptx_adds_its_coefficient_times_the_mean_negative_log_likelihood
 """
 
 from __future__ import annotations

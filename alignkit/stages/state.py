@@ -53,7 +53,9 @@ class AveragedWeights:
 
         average <- decay * average + (1 - decay) * weights,    after every optimizer step
 
-    Source: Polyak and Juditsky 1992; Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155, appendix C.4 (decay 0.992).
+    Source: Polyak and Juditsky 1992 (uniform); Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155, appendix C.4 (as
+            here, decay 0.992).
+    Tests:  test_ppo_variants.py::test_averaged_weights_follow_every_policy_step_and_are_swapped_in_and_out
     """
 
     def __init__(self, model: torch.nn.Module, decay: float) -> None:

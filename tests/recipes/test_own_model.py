@@ -136,7 +136,7 @@ def test_the_whole_chain_trains_adapters_and_each_product_stands_on_the_one_befo
     words = ["data=jsonl", "data.path=pairs.jsonl.gz", "data.heldout=0.3", "model.path=gpt2", "tracking=none"]
     words += ["sft.max_length=90", "reward_model.max_length=90", "ppo.max_prompt=60", "peft=lora"]
     assert alignkit(monkeypatch, "rlhf", *kept, *words, "rollout.max_response=8", "name=own") == 0
-    assert "ppo: weights on this rank: reference shared or none, policy" in capsys.readouterr().out
+    assert "ppo: weights on this rank: reference shared, policy" in capsys.readouterr().out
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
