@@ -224,7 +224,7 @@ def run_all(tasks: list[dict], log: Path, jobs: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. n-1 (default 5)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[5], help="0 .. n-1; one n, or one an algorithm")
     parser.add_argument("--betas", type=float, nargs="+", default=[0.2, 0.5])
     parser.add_argument("--algorithms", nargs="+", default=list(TUNED), choices=list(TUNED))
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
@@ -234,8 +234,8 @@ def main() -> None:
     asked = parser.parse_args()
     tasks = [
         {"algorithm": name, "beta": beta, "seed": seed, "iterations": asked.iterations, "settings": TUNED[name]}
-        for seed in range(asked.seeds)
-        for name in asked.algorithms
+        for name, seeds in zip(asked.algorithms, asked.seeds * (len(asked.algorithms) if len(asked.seeds) == 1 else 1))
+        for seed in range(seeds)
         for beta in asked.betas
     ]
     runs = run_all(tasks, asked.log, asked.jobs)
