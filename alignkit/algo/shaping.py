@@ -49,7 +49,9 @@ class Shaping:
         if self.running != "none":
             count, mean, squares = seen.to(scores.dtype)
             shift = mean if self.running == "shift_scale" else 0.0
-            scores = (scores - shift) * torch.rsqrt(squares / count + 1e-8)
+            spread = squares / count
+            scale = torch.where(spread > 1e-8, torch.rsqrt(spread + 1e-8), 1.0)  # scores that are all alike say nothing
+            scores = (scores - shift) * scale
         if self.clip is not None:
             scores = scores.clamp(-self.clip, self.clip)
         kept = 0.0 if self.missing_eos == "replace" else scores

@@ -72,13 +72,13 @@ def resolve(path: str | list[str] | None, key: str = "data.path") -> list[str]:
         expanded = os.path.expanduser(pattern)
         found = [expanded] if os.path.exists(expanded) else sorted(glob.glob(expanded, recursive=True))
         if not found and glob.has_magic(expanded):
-            raise UserError(f"data.path={pattern}: expected at least one file, got no match in {os.getcwd()}")
+            raise UserError(f"{key}={pattern}: expected at least one file, got no match in {os.getcwd()}")
         if not found:
-            raise UserError(f"data.path={pattern}: expected a file, got no such file in {os.getcwd()}")
+            raise UserError(f"{key}={pattern}: expected a file, got no such file in {os.getcwd()}")
         files.update(dict.fromkeys(found))
     for file in files:
         if os.path.isdir(file):
-            raise UserError(f"data.path={file}: expected a file, got a folder; name its files, as in {file}/*.jsonl")
+            raise UserError(f"{key}={file}: expected a file, got a folder; name its files, as in {file}/*.jsonl")
     return list(files)
 
 

@@ -111,6 +111,16 @@ class PeftSettings:
         return [line.target.id for body in bodies for line in body if isinstance(line, ast.AnnAssign)]
 
 
+def refuse_stacking(peft: PeftSettings, base: str | Path | None) -> None:
+    """Raise UserError if the product would be an adapter on an adapter, which peft and transformers load without a word
+    as if the one below were not there."""
+    if peft.method != "none" and not peft.merge and base is not None and adapter_facts(base) is not None:
+        raise UserError(
+            f"peft.merge=false: '{base}' is an adapter itself, and peft cannot load one on top of another; set "
+            "peft.merge=true, here or in the stage that made it"
+        )
+
+
 def refuse_in_ppo(peft: PeftSettings) -> None:
     """Raise UserError for the methods that PPO cannot train."""
     if peft.method in PROMPT_METHODS:

@@ -24,6 +24,7 @@ from alignkit.data.files import files_digest
 from alignkit.errors import UserError
 from alignkit.models.settings import ModelSettings, PeftSettings
 from alignkit.observe.settings import TrackingSettings
+from alignkit.runtime.rules import across
 from alignkit.runtime.settings import LaunchSettings, ShardingSettings
 from alignkit.stages.settings import EvaluateSettings, PPOSettings, PtxSettings, RewardModelSettings, SFTSettings
 
@@ -113,7 +114,7 @@ def load(raw: dict[str, Any]) -> RunConfig:
         if name in raw:
             parts[name] = _strategy(name, raw[name], trusted, faults)
     if not faults:
-        faults += _across(parts)
+        faults += across(parts, _unknown)
     if faults:
         raise UserError("\n".join(sorted(faults)))
     return RunConfig(**parts)
@@ -212,76 +213,6 @@ def _unknown(path: str, key: str, names: list[str]) -> str:
     near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
     hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(names)}"
     return f"{prefix}{key}: unknown key; {hint}"
-
-
-def _across(parts: dict[str, Any]) -> list[str]:
-    """Rules between sections, each naming both values."""
-    faults = []
-    if parts["name"] and ("/" in parts["name"] or parts["name"].startswith(".")):
-        faults.append(f"name={parts['name']}: expected the name of one folder in {parts['runs_dir']}, not a path")
-    ppo, launch, sharding, model, ptx = (parts[name] for name in ("ppo", "launch", "sharding", "model", "ptx"))
-    for name in ("sft", "reward_model"):
-        if parts[name].batch % launch.processes:
-            faults.append(f"{name}.batch={parts[name].batch} must be a multiple of launch.processes={launch.processes}")
-    if ppo.minibatch < launch.processes:
-        faults.append(f"ppo.minibatch={ppo.minibatch} must be at least launch.processes={launch.processes}")
-    if sharding.shard_size and launch.processes % sharding.shard_size:
-        faults.append(
-            f"launch.processes={launch.processes} must be a multiple of sharding.shard_size={sharding.shard_size}"
-        )
-    faults += _ppo_faults(ppo, parts["advantage"], parts["shaping"], parts["reward"], parts["kl"])
-    peft, known = parts["peft"], parts["peft"].known_keys()
-    faults += [_unknown("peft.settings", key, known) for key in peft.settings if known and key not in known]
-    faults += peft.clashes(model.path or parts["policy"], launch.processes)
-    for name in ("sft", "reward_model"):
-        if model.path is None and parts[name].max_length > model.context_length:
-            lengths = (
-                f"{name}.max_length={parts[name].max_length} tokens",
-                f"model.context_length={model.context_length}",
-            )
-            faults.append(" is above ".join(lengths))
-    if model.path is None and parts["policy"] is None and ptx.coef and ptx.max_length > model.context_length:
-        faults.append(f"ptx.max_length={ptx.max_length} tokens is above model.context_length={model.context_length}")
-    longest = ppo.max_prompt + parts["rollout"].max_response
-    if model.path is None and longest > model.context_length:
-        faults.append(
-            f"ppo.max_prompt={ppo.max_prompt} plus rollout.max_response={parts['rollout'].max_response} is "
-            f"{longest} tokens, above model.context_length={model.context_length}"
-        )
-    return faults
-
-
-def _ppo_faults(ppo: PPOSettings, advantage: Any, shaping: Shaping, reward: Any, kl: Any) -> list[str]:
-    """Choices that make no sense together."""
-    faults, kind = [], type(advantage).__name__
-    if ppo.samples_per_prompt < advantage.min_samples:
-        faults.append(
-            f"ppo.samples_per_prompt={ppo.samples_per_prompt}: advantage {kind} compares the responses to one prompt, "
-            f"so it needs at least {advantage.min_samples}"
-        )
-    if not advantage.uses_values:
-        wrong = {  # what would set it right -> is it wrong
-            "ppo.value_warmup=0": ppo.value_warmup > 0,
-            "ppo.joint=false": ppo.joint,
-            "shaping.score_position=eos": shaping.score_position == "eos_plus_one",
-        }
-        faults += [
-            f"{mend.partition('=')[0]}: advantage {kind} has no value model; set {mend}"
-            for mend, is_wrong in wrong.items()
-            if is_wrong
-        ]
-    horizon = getattr(kl, "horizon", None)
-    if horizon is not None and ppo.batch >= 5 * horizon:
-        faults.append(
-            f"kl.horizon={horizon} must be above a fifth of ppo.batch={ppo.batch} episodes, or the coefficient could "
-            "turn negative"
-        )
-    if shaping.running != "none" and getattr(reward, "normalise", "none") != "none":
-        faults.append(
-            f"shaping.running={shaping.running} with reward.normalise={reward.normalise}: scores would be normalised "
-            "twice; set one of them to none"
-        )
-    return faults
 
 
 def with_sources(raw: dict[str, Any]) -> dict[str, Any]:

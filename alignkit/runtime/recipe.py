@@ -50,6 +50,11 @@ def run_job(name: str, chain: Callable[[Run], None], raw: dict) -> int:
         config = load(raw)
         if name in ("rlhf", "ppo"):
             refuse_in_ppo(config.peft)
+        if name == "rlhf" and config.peft.method != "none" and not config.peft.merge:
+            raise UserError(
+                "peft.merge=false: the reward model and PPO would stand on the adapter of SFT, and peft cannot load "
+                "one adapter on top of another; set peft.merge=true"
+            )
         run = Run(name, config, raw)
         chain(run)
     except UserError as error:

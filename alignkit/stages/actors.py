@@ -25,6 +25,7 @@ from alignkit.models.loading import (
 )
 from alignkit.models.policy import response_logprobs
 from alignkit.models.scalar import ScalarModel, score_sequences
+from alignkit.models.settings import refuse_in_ppo, refuse_stacking
 from alignkit.reward.model import RewardModel
 from alignkit.reward.source import RewardSource
 from alignkit.stages.settings import PPOSettings
@@ -70,7 +71,9 @@ def load_actors(job: Job, cluster: Cluster) -> Actors:
     model without its own."""
     config = job.config
     folder, settings, peft = model_folder(job.inputs["policy"]), config.ppo, config.peft
-    encoder, adapted = load_encoder(folder), config.peft.method != "none"
+    refuse_in_ppo(peft)
+    refuse_stacking(peft, folder)
+    encoder, adapted = load_encoder(folder), peft.method != "none"
     policy = load_policy(folder)
     lengths = f"ppo.max_prompt={settings.max_prompt} and rollout.max_response={config.rollout.max_response}"
     require_context(policy, settings.max_prompt + config.rollout.max_response, lengths)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from alignkit.data.tokens import Encoder
 from alignkit.errors import TrainingError, UserError
 from alignkit.models.adapters import merge, save_adapter
 from alignkit.models.loading import load_causal, load_scorer, require_context
+from alignkit.models.settings import adapter_facts
 from alignkit.observe.progress import Progress
 
 if TYPE_CHECKING:
@@ -141,6 +143,9 @@ def save_trained(model, encoder: Encoder, job: Job, base: str | Path | None, rev
     if peft.merge:
         load = load_scorer if job.stage == "reward_model" else load_causal
         save_model(load(place), encoder, folder)
+        if base is not None and adapter_facts(base) is not None:
+            shutil.rmtree(place)
+            print(f"{job.stage}: only merged weights are kept: the base '{base}' is an adapter, lost under another")
 
 
 def sample_of(rows: Sequence, count: int, seed: int) -> list:

@@ -128,10 +128,10 @@ def ppo_iteration(
             save_evidence(place, batch, scored, samples)
         cluster.barrier()  # every rank fails here alike; none may end before the data is on disk
         raise TrainingError(f"iteration {state.iteration + 1}: {error}; its data is in {place}") from error
-    values = iteration_metrics(rollout, scored, shaped, target, entropy, samples, actors, config)
+    values = iteration_metrics(rollout, scored, raw, target, entropy, samples, actors, config)
     values.update(reduce(metrics, cluster.sum, cluster.max).values(), **timers.values(int(rollout.mask.sum())))
     values.update(policy_steps=state.policy_steps - before[0], value_steps=state.value_steps - before[1])
-    if state.policy_steps:  # a policy that has not moved yet says nothing about the coefficient
+    if state.policy_steps:  # in the value warm-up the KL is 0 whatever the coefficient
         state.kl_coef = config.kl.next(state.kl_coef, observed=values["kl"], episodes=len(prompts))
     state.iteration += 1
     return values, samples
@@ -185,8 +185,9 @@ def encode_prompts(prompts: list[Prompt], actors: Actors, longest: int, batch: i
         print(f"ppo: {count} prompts left out: empty or longer than ppo.max_prompt={longest}")
     if len(kept) < batch:
         raise UserError(
-            f"ppo.batch={batch} prompts are needed for one iteration, but there are only {len(kept)} training prompts "
-            f"of at most ppo.max_prompt={longest} tokens: lower ppo.batch, raise ppo.max_prompt or give more data"
+            f"an iteration takes {batch} prompts (ppo.batch / ppo.samples_per_prompt), but there are only {len(kept)} "
+            f"training prompts of at most ppo.max_prompt={longest} tokens: lower ppo.batch, raise ppo.max_prompt or "
+            "give more data"
         )
     return kept
 

@@ -18,6 +18,7 @@ from alignkit.errors import TrainingError, UserError
 from alignkit.models.adapters import attach, quantization, trainable
 from alignkit.models.loading import load_encoder, model_folder, scorer_from_policy
 from alignkit.models.scalar import PromptedScalar, ScalarModel
+from alignkit.models.settings import refuse_stacking
 from alignkit.observe.trainer_callback import make_callback
 from alignkit.reward.bag_of_words import fit_bag_of_words
 from alignkit.stages.actors import score_all
@@ -45,6 +46,7 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
     if not corpus.train.pairs:
         raise UserError("data: no preference pairs; a reward model needs prompt+chosen+rejected rows or labelled texts")
     source = model_folder(job.inputs["init"])
+    refuse_stacking(peft, source)
     encoder = load_encoder(source)
     train, dropped = encode(corpus.train.pairs, encoder, settings.max_length)
     if cluster.is_main:

@@ -14,6 +14,7 @@ from alignkit.data.tokens import Encoder, training_texts
 from alignkit.errors import TrainingError, UserError
 from alignkit.models.adapters import attach, quantization, trainable
 from alignkit.models.loading import make_encoder, start_policy
+from alignkit.models.settings import refuse_stacking
 from alignkit.models.tokenizer import PLAIN_TEMPLATE
 from alignkit.observe.trainer_callback import make_callback
 from alignkit.stages.common import (
@@ -47,6 +48,7 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
         responses = [row.response for row in split.demonstrations]
         return training_texts(split.prompts, responses + [text for p in split.pairs for text in (p.chosen, p.rejected)])
 
+    refuse_stacking(peft, job.config.model.path)
     model, tokenizer = start_policy(job.config.model, texts, quantization(peft))
     encoder = make_encoder(tokenizer, model.generation_config)
     require_room(model, job, settings.max_length)

@@ -195,6 +195,10 @@ MISTAKES = {
         ["kl.horizon=12"],
         ["kl.horizon=12 must be above a fifth of ppo.batch=64 episodes, or the coefficient could turn negative"],
     ),
+    "ptx texts that would not be used": (
+        ["ptx.path=mine.jsonl"],
+        ["ptx.path=mine.jsonl: not used while ptx.coef=0; choose ptx=demonstrations or set ptx.coef"],
+    ),
     "longer ptx texts than the model takes": (
         ["ptx=demonstrations", "ptx.max_length=129"],
         ["ptx.max_length=129 tokens is above model.context_length=128"],
@@ -443,3 +447,8 @@ def test_a_recipe_that_is_run_as_a_file_answers_alike(tmp_path, monkeypatch):
     file = alignkit.cli.find_recipes()["sft"]
     ended = subprocess.run([sys.executable, file, "sft.eopchs=1"], capture_output=True, text=True, timeout=120)
     refused((ended.returncode, ended.stderr.splitlines()), "sft.eopchs: unknown key; did you mean sft.epochs?")
+
+
+def test_a_missing_file_of_ptx_is_named_by_its_own_key(cli, tmp_path):
+    expected = f"ptx.path=none.jsonl: expected a file, got no such file in {tmp_path}"
+    refused(cli("rlhf", "ptx=demonstrations", "ptx.path=none.jsonl"), expected)

@@ -4,27 +4,37 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 ranks.py OUT.jso
 """
 
 import json
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from alignkit.algo.advantage import GAE, RLOO
 from alignkit.algo.batching import pad_left
 from alignkit.algo.control import FixedKL
 from alignkit.algo.sampling import SamplingRule, uniform_noise
+from alignkit.algo.shaping import Shaping
 from alignkit.algo.types import Minibatch, PromptBatch
+from alignkit.models.adapters import add_adapter
 from alignkit.models.scalar import ScalarModel
+from alignkit.models.settings import PeftSettings
 from alignkit.observe.metrics import Metrics
 from alignkit.rollout.native import Native
 from alignkit.runtime.sharding import Cluster
-from alignkit.stages.actors import Actors
+from alignkit.stages.actors import Actors, WithoutAdapter, adam
+from alignkit.stages.job import Job
+from alignkit.stages.ppo import ppo_iteration
 from alignkit.stages.ppo_update import ppo_update
 from alignkit.stages.ptx import PtxBatches
 from alignkit.stages.settings import PPOSettings, PtxSettings
-from alignkit.stages.state import PPOState
+from alignkit.stages.state import AveragedWeights, PPOState
 
+FLOOR = 1e-2  # metrics smaller than this are compared absolutely: KL before the first step is rounding, 5e-8
 RULE = SamplingRule(temperature=0.9, stop_ids=(1,))
 ROWS = 7  # odd: ranks hold different numbers of rows
 
@@ -117,6 +127,127 @@ def sampled(cluster):
     return cluster.collect(part.response, ROWS), after, sharded
 
 
+SHAPING = Shaping(
+    running="none", clip=None, missing_eos="subtract", missing_eos_penalty=1.0, length_penalty=0.0,
+    score_position="eos", whiten=False,
+)  # fmt: skip
+LOOP = replace(
+    Settings.ppo, episodes=3 * 14, batch=14, epochs=2, joint=False, entropy_coef=0.0, loss_aggregation="token_mean",
+    stop_kl=None, schedule="constant",
+)  # fmt: skip
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+IN_REWARD = FixedKL(coef=0.1, estimator="k1", place="reward")
+LOOPS = {  # minibatches of 7 rows: 4 on one rank, 3 on the other
+    "ema_and_stop_kl": {"ppo": replace(LOOP, ema=0.9, epochs=4, stop_kl=2e-3)},
+    "slot_after_the_stop": {
+        "ppo": replace(LOOP, value_warmup=1, joint=True),
+        "shaping": replace(SHAPING, score_position="eos_plus_one", running="scale"),
+        "ptx": Settings.ptx,
+    },
+    "rloo": {"ppo": replace(LOOP, samples_per_prompt=2), "advantage": RLOO(whiten="none", clip=None)},
+    "lora": {
+        "ppo": replace(LOOP, learning_rate=1e-2, ema=0.9),
+        "peft": PeftSettings(method="lora", settings=LORA, quantization={}, merge=False),
+    },
+}
+
+
+class Silent:
+    """An encoder without a tokenizer: nobody reads the responses."""
+
+    tokenizer = SimpleNamespace(pad_token_id=0)
+
+    def text(self, ids):
+        return ""
+
+
+class MeanId:
+    """The reward source: the mean id of a response over 10."""
+
+    def score(self, answers, microbatch):
+        rollout = answers.rollout
+        mask = rollout.response_mask
+        return torch.where(mask, rollout.response, 0).sum(dim=1) / mask.sum(dim=1) / 10
+
+
+def loop(cluster, changes):
+    """Three iterations. Metrics of each, and the weights (policy, value model, average) before and after, whole."""
+    config = SimpleNamespace(**{
+        "seed": 0, "ptx": replace(Settings.ptx, coef=0.0), "shaping": SHAPING, "kl": IN_REWARD, "peft": None,
+        "rollout": Native(temperature=0.9, min_response=0, max_response=8, batch=3),
+        "advantage": GAE(gamma=1.0, lam=0.95, whiten="batch", clip=None), **changes,
+    })  # fmt: skip
+    settings, policy, value = config.ppo, fresh_policy(), None
+    if config.peft:
+        torch.manual_seed(2)
+        add_adapter(policy, config.peft, "CAUSAL_LM")
+    policy = cluster.shard(policy, trainable=True)
+    reference = WithoutAdapter(policy) if config.peft else cluster.shard(fresh_policy(), trainable=False)
+    if config.advantage.uses_values:
+        value = cluster.shard(fresh_scalar(), trainable=True)
+    made = Actors(
+        cluster=cluster,
+        encoder=Silent(),
+        rule=SamplingRule(temperature=0.9, stop_ids=tuple(range(1, 9))),  # about one token in eight
+        policy=policy,
+        reference=reference,
+        value_model=value,
+        reward=MeanId(),
+        policy_optimizer=adam(policy, settings.learning_rate, settings),
+        value_optimizer=adam(value, settings.value_learning_rate, settings) if value else None,
+        state=PPOState(kl_coef=config.kl.coef),
+        ema=None if settings.ema is None else AveragedWeights(policy, settings.ema),
+    )
+    each = settings.samples_per_prompt
+    prompts = [("", [9 + i] * (1 + i % 3)) for i in range(settings.batch // each) for _ in range(each)]
+    ptx = PtxBatches([([5, 6, 7, 8], 1), ([9, 10, 11], 2), ([12, 13, 14, 15, 16], 1)], 3, 0)
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+
+    def weights():
+        models = {"policy": cluster.full_state(policy), "value": cluster.full_state(value) if value else {}}
+        if made.ema:
+            made.ema.swap(policy)
+            models["ema"] = cluster.full_state(policy)
+            made.ema.swap(policy)
+        if not cluster.is_main:
+            return None
+        names = {"policy": trained, "ema": trained, "value": models["value"]}
+        return {
+            model: torch.cat([state[name].flatten().double() for name in sorted(names[model])])
+            for model, state in models.items()
+            if state
+        }
+
+    before, job = weights(), Job("ppo", config, {}, Path(os.devnull), first=True)
+    history = [ppo_iteration(made, prompts, ptx, job, None)[0] for _ in range(3)]
+    return history, before, weights()
+
+
+def untimed(values):
+    return {k: v for k, v in values.items() if not k.startswith(("seconds/", "tokens_per_second", "ratio_error"))}
+
+
+def compared(several, single):
+    """A loop on several ranks against the same on one, largest differences, relative."""
+    history, _, after = several
+    expected, start, end = single
+    if after is None:
+        return None
+    metrics = {}
+    for got, wanted in zip(map(untimed, history), map(untimed, expected), strict=True):
+        assert got.keys() == wanted.keys()
+        for name, value in wanted.items():
+            metrics[name] = max(metrics.get(name, 0.0), abs(got[name] - value) / max(abs(value), FLOOR))
+    return {
+        "metrics": metrics,
+        "weights": {name: distance(after[name], end[name]) for name in end},
+        "moved": {name: distance(end[name], start[name]) for name in end},
+        "steps": [values["policy_steps"] for values in history],
+        "value_steps": [values["value_steps"] for values in history],
+        "eos_fraction": [values["eos_fraction"] for values in history],
+    }
+
+
 def alone():
     """A cluster of this process only, for the reference results."""
     from torch.distributed.device_mesh import DeviceMesh
@@ -146,6 +277,9 @@ def main(out):
     results["dealt"] = cluster.collect(torch.where(real, rows, -1), ROWS).tolist()
     results["summed"] = float(cluster.sum(torch.tensor(float(cluster.rank + 1))))
     results["largest"] = float(cluster.max(torch.tensor(float(cluster.rank))))
+    results["loops"] = {
+        name: compared(loop(cluster, changes), loop(single, changes)) for name, changes in LOOPS.items()
+    }
     if cluster.is_main:
         Path(out).write_text(json.dumps(results))
     cluster.close()

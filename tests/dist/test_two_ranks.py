@@ -56,3 +56,40 @@ def test_rows_are_dealt_and_joined_in_order(results):
 def test_sums_and_maxima_are_over_all_ranks(results):
     assert results["summed"] == 3.0
     assert results["largest"] == 1.0
+
+
+@pytest.fixture(params=["ema_and_stop_kl", "slot_after_the_stop", "rloo", "lora"])
+def loop(results, request):
+    """Three whole iterations on two ranks against one."""
+    return request.param, results["loops"][request.param]
+
+
+def test_iterations_tell_the_same_numbers_as_on_one_rank(loop):
+    _, found = loop
+    assert {"kl", "score_mean", "entropy", "response_length", "policy_loss"} <= found["metrics"].keys()
+    assert max(found["metrics"].values()) <= 1e-4, found["metrics"]
+
+
+def test_iterations_end_with_the_same_weights_as_on_one_rank(loop):
+    name, found = loop
+    models = {
+        "policy",
+        *(["value"] if name != "rloo" else []),
+        *(["ema"] if name in ("ema_and_stop_kl", "lora") else []),
+    }
+    assert found["weights"].keys() == models
+    assert max(found["weights"].values()) <= 1e-5, found["weights"]
+    assert min(found["moved"].values()) > 1e-3, "weights that did not move prove nothing"
+
+
+def test_what_the_variants_are_for_happens_on_two_ranks(loop):
+    name, found = loop
+    full = [4, 4, 4]  # two passes over two minibatches
+    steps = {"ema_and_stop_kl": found["steps"], "slot_after_the_stop": [0, 4, 4]}.get(name, full)
+    assert found["steps"] == steps
+    if name == "ema_and_stop_kl":
+        assert all(1 <= taken < 8 for taken in steps), "stop_kl stopped nothing"
+        assert found["value_steps"] == steps
+    else:
+        assert found["value_steps"] == ([0, 0, 0] if name == "rloo" else full)
+    assert all(0 < share < 1 for share in found["eos_fraction"]), "rows that end early and rows that do not"

@@ -38,8 +38,8 @@ def svg(runs: list[dict]) -> str:
     lowest = math.floor(math.log10(max(min(gap for curve in lines.values() for _, gap in curve), 1e-5)))
     x = lambda episodes: left + width * episodes / right  # noqa: E731
     y = lambda gap: top + height * math.log10(max(gap, 10.0**lowest)) / lowest  # noqa: E731
-    seeds, betas = len({run["seed"] for run in runs}), sorted({run["beta"] for run in runs})
-    title = f"Distance to the exact optimum of KL-regularised reward (156 responses; mean over seeds: {seeds})"
+    betas = sorted({run["beta"] for run in runs})
+    title = "Distance to the exact optimum of KL-regularised reward (156 responses; mean over seeds)"
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 430" font-family="sans-serif" font-size="12"',
         '  fill="#222">',

@@ -4,6 +4,7 @@ import gzip
 import json
 
 import pytest
+import torch
 from test_chain import SMALL, alignkit
 
 GOOD, BAD = ["the harbour was quiet", "she wrote three letters"], ["why would anyone count", "a small lamp burned"]
@@ -127,21 +128,50 @@ def test_a_model_without_its_tokenizer_is_refused(pretrained, tmp_path, monkeypa
     assert "'gpt2' holds no tokenizer" in capsys.readouterr().err
 
 
-def test_the_whole_chain_trains_adapters_and_each_product_stands_on_the_one_before(
+def test_the_whole_chain_trains_adapters_that_peft_loads_onto_the_model_each_stage_started_from(
     pretrained, tmp_path, monkeypatch, capsys
 ):
+    """Numbers, as peft and transformers load an adapter on top of another without a word as if that were not there."""
     monkeypatch.chdir(tmp_path)
     write_preferences(tmp_path / "pairs.jsonl.gz")
     kept = [word for word in SMALL if not word.startswith(("data.", "model.", "ptx"))]
     words = ["data=jsonl", "data.path=pairs.jsonl.gz", "data.heldout=0.3", "model.path=gpt2", "tracking=none"]
     words += ["sft.max_length=90", "reward_model.max_length=90", "ppo.max_prompt=60", "peft=lora"]
+    words += ["sft.learning_rate=0.02", "reward_model.learning_rate=0.02", "ppo.learning_rate=0.02"]
     assert alignkit(monkeypatch, "rlhf", *kept, *words, "rollout.max_response=8", "name=own") == 0
     assert "ppo: weights on this rank: reference shared, policy" in capsys.readouterr().out
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    run = tmp_path / "runs" / "own"
+    run, tokens = tmp_path / "runs" / "own", torch.arange(2, 12)[None]
+    seen = []
     for stage in ("sft", "reward_model", "ppo"):
-        assert (run / stage / "model" / "adapter_model.safetensors").is_file()
-    base = AutoModelForCausalLM.from_pretrained(pretrained)
-    assert isinstance(PeftModel.from_pretrained(base, str(run / "sft" / "model")), PeftModel)
+        scores = stage == "reward_model"
+        merged = (AutoModelForSequenceClassification if scores else AutoModelForCausalLM).from_pretrained(
+            run / stage / "model"
+        )
+        adapted = (AutoPeftModelForSequenceClassification if scores else AutoPeftModelForCausalLM).from_pretrained(
+            str(run / stage / "adapter"), **({"num_labels": 1} if scores else {})
+        )
+        with torch.no_grad():
+            ours, theirs = merged.eval()(tokens).logits, adapted.eval()(tokens).logits
+        width = theirs.shape[-1]  # SFT's base has no row for the PAD that SFT adds
+        torch.testing.assert_close(ours[..., :width], theirs, rtol=0, atol=1e-5)
+        seen += [] if scores else [ours[..., :width]]
+    assert float((seen[0] - seen[1]).abs().max()) > 1e-3, "PPO moved the policy"
+
+
+def test_an_adapter_is_never_left_on_top_of_another(pretrained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_preferences(tmp_path / "pairs.jsonl.gz")
+    kept = [word for word in SMALL if not word.startswith(("data.", "model.", "ptx"))]
+    words = [*kept, "data=jsonl", "data.path=pairs.jsonl.gz", "tracking=none", "peft=lora", "peft.merge=false"]
+    words += ["sft.max_length=90", "reward_model.max_length=90", "data.heldout=0.3"]
+    assert alignkit(monkeypatch, "rlhf", *words, "model.path=gpt2") == 2
+    assert "the reward model and PPO would stand on the adapter of SFT" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert alignkit(monkeypatch, "sft", *words, "model.path=gpt2", "name=thin") == 0
+    assert (tmp_path / "runs" / "thin" / "sft" / "model" / "adapter_model.safetensors").is_file()
+    assert alignkit(monkeypatch, "reward_model", *words, "policy=runs/thin/sft") != 0
+    told = capsys.readouterr().err
+    assert "peft.merge=false: '" in told and "is an adapter itself" in told

@@ -312,11 +312,16 @@ def test_bitfit_moves_biases_and_saves_plain_weights(stage, bases, tmp_path, clu
 
 
 def test_an_adapter_stands_on_an_adapter(bases, tmp_path, cluster, monkeypatch):
-    """SFT with LoRA, then a reward model with LoRA from it; each folder names the one before."""
+    """SFT with LoRA alone, then a reward model with an adapter from it: merged weights only, as peft would load the
+    second adapter without the first, and without a word."""
     train("sft", bases["llama"], tmp_path / "sft", settings("lora"), cluster, monkeypatch)
     monkeypatch.undo()
     first = tmp_path / "sft" / "model"
-    seen = train("reward_model", first, tmp_path / "reward", settings("dora"), cluster, monkeypatch)
+    with pytest.raises(UserError, match="peft.merge=false: .* is an adapter itself"):
+        train("reward_model", first, tmp_path / "reward", settings("dora"), cluster, monkeypatch)
+    monkeypatch.undo()
+    seen = train("reward_model", first, tmp_path / "reward", settings("dora", merge=True), cluster, monkeypatch)
+    assert not (tmp_path / "reward" / "adapter").exists()
     scorer = load_scorer(tmp_path / "reward" / "model")
     torch.testing.assert_close(output("reward_model", scorer), seen["output"], rtol=1e-5, atol=1e-5)
     backbone = load_causal(first).base_model.state_dict()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from ppo_world import PROMPTS, TEXTS, config_of
+from safetensors.torch import load_file
 
 from alignkit.models.loading import load_causal, load_scorer, scorer_from_policy
 from alignkit.models.scalar import ScalarModel, score_sequences
@@ -131,6 +132,17 @@ def test_averaged_weights_of_an_adapter_are_those_of_its_tensors_alone(folders, 
     actors = load_actors(job, cluster)
     assert all("lora" in name for name in actors.ema.average)
     iterate(actors, job)
+    average = {name.replace(".default", ""): whole(value) for name, value in actors.ema.average.items()}
     actors.ema.swap(actors.policy)
+    last = {name.replace(".default", ""): whole(value) for name, value in actors.ema.average.items()}
     ppo.save_policy(actors, cluster.full_state(actors.policy), job)
-    assert (tmp_path / "model" / "adapter_model.safetensors").is_file()
+    file = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    saved = {name.removeprefix("base_model.model."): value for name, value in file.items()}
+    assert saved.keys() == average.keys()
+    assert all(saved[name].equal(value) for name, value in average.items())
+    assert not any(saved[name].equal(value) for name, value in last.items()), "they would be the same without averaging"
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A copy of all of a tensor that may be sharded."""
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()

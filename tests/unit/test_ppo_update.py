@@ -303,7 +303,7 @@ def test_prompts_that_are_too_long_are_left_out_and_too_few_are_an_error(single,
     kept = ppo.encode_prompts([*PROMPTS, "the harbour was quiet before the storm " * 3, ""], single, 8, batch=2)
     assert [prompt for prompt, _ in kept] == [text for text in PROMPTS if len(single.encoder.prompt(text)) <= 8]
     assert "prompts left out" in capsys.readouterr().out
-    with pytest.raises(UserError, match="ppo.batch=64 prompts are needed"):
+    with pytest.raises(UserError, match="an iteration takes 64 prompts"):
         ppo.encode_prompts(PROMPTS, single, 8, batch=64)
 
 

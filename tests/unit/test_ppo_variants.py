@@ -237,11 +237,15 @@ def test_a_score_after_the_stop_token_has_a_slot_and_a_value_of_its_own(moving, 
     assert any(ended) and not all(ended)
     shaped_sum = values["reward_mean"]
     assert shaped_sum == pytest.approx(values["score_mean"] - (1 - values["eos_fraction"]), rel=1e-5)
-    row = next(i for i in range(8) if extra[i].any())
-    hidden = moving.value_model(batch.tokens[row : row + 1], batch.mask[row : row + 1])
-    slot, width = int(lengths[row]), batch.response_mask.shape[1]
-    assert batch.old_values.shape == batch.value_mask.shape and batch.old_values[row, slot] != 0
-    assert hidden.shape[1] == batch.tokens.shape[1] and slot < width
+    assert batch.old_values.shape == batch.value_mask.shape
+    for row in extra.any(dim=1).nonzero().flatten().tolist():
+        ids = batch.tokens[row][batch.mask[row]][None]  # without padding, the last one is the stop token
+        assert int(ids[0, -1]) in moving.rule.stop_ids
+        with torch.no_grad():  # of the value model as it was before the update
+            expected = moving.plain[1](ids, torch.ones_like(ids, dtype=torch.bool))[0]
+        got = batch.old_values[row, int(lengths[row])]
+        torch.testing.assert_close(got, expected[-1], rtol=0, atol=1e-5)
+        assert float((expected[-2] - got).abs()) > 1e-3, "the value one token earlier would pass too"
 
 
 def test_running_normalisation_counts_every_score_of_the_run(moving, tmp_path):
@@ -350,8 +354,8 @@ def test_a_score_in_the_wrong_place_stops_the_run(moving, tmp_path, monkeypatch)
 
 def test_a_value_clip_that_is_small_against_the_spread_of_returns_is_told(capsys):
     settings = config_of(value_clip=0.2).ppo
-    assert not tell_value_clip({"return_std": 0.9}, settings)
+    assert not tell_value_clip({"return_std": 1.9}, settings)
     assert not tell_value_clip({"return_std": 9.0}, replace(settings, value_clip=None))
     assert not tell_value_clip({}, settings), "an advantage without values has no spread of returns"
-    assert tell_value_clip({"return_std": 1.1}, settings)
-    assert "returns spread by 1.1 (standard deviation), but ppo.value_clip=0.2" in capsys.readouterr().out
+    assert tell_value_clip({"return_std": 2.1}, settings)
+    assert "returns spread by 2.1 (standard deviation), but ppo.value_clip=0.2" in capsys.readouterr().out

@@ -196,3 +196,16 @@ def test_faults_are_refused():
         shape_reward(SCORES, KL, KL, MASK.long(), coef=0.1)
     with pytest.raises(ValueError, match="no True"):
         shape_reward(SCORES, KL, KL, torch.zeros_like(MASK), coef=0.1)
+
+
+@pytest.mark.parametrize("running", ["scale", "shift_scale"])
+def test_scores_that_are_all_alike_are_not_blown_up(running):
+    """A reward of 0 or 1 may begin with nothing but ones: their deviation is 0, and they stay of the size they are."""
+    scores = torch.ones(8)
+    seen = moments(scores, torch.ones(8, dtype=torch.bool))
+    shaping = Shaping(
+        running=running, clip=None, missing_eos="subtract", missing_eos_penalty=0.0, length_penalty=0.0,
+        score_position="eos", whiten=False,
+    )  # fmt: skip
+    paid = shaping.scores(scores, torch.ones(8, dtype=torch.bool), torch.full((8,), 3), seen)
+    assert paid.tolist() == [1.0 if running == "scale" else 0.0] * 8

@@ -1,0 +1,79 @@
+"""The rules between sections of the configuration, each told with both values and how to mend it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from alignkit.algo.shaping import Shaping
+from alignkit.stages.settings import PPOSettings
+
+
+def across(parts: dict[str, Any], unknown: Callable[[str, str, list[str]], str]) -> list[str]:
+    """Every rule that is broken, one line each. unknown: (path, key, known keys) -> the line about a misspelt key."""
+    faults = []
+    if parts["name"] and ("/" in parts["name"] or parts["name"].startswith(".")):
+        faults.append(f"name={parts['name']}: expected the name of one folder in {parts['runs_dir']}, not a path")
+    ppo, launch, sharding, model, ptx = (parts[name] for name in ("ppo", "launch", "sharding", "model", "ptx"))
+    for name in ("sft", "reward_model"):
+        if parts[name].batch % launch.processes:
+            faults.append(f"{name}.batch={parts[name].batch} must be a multiple of launch.processes={launch.processes}")
+    if ppo.minibatch < launch.processes:
+        faults.append(f"ppo.minibatch={ppo.minibatch} must be at least launch.processes={launch.processes}")
+    if sharding.shard_size and launch.processes % sharding.shard_size:
+        faults.append(
+            f"launch.processes={launch.processes} must be a multiple of sharding.shard_size={sharding.shard_size}"
+        )
+    faults += _ppo_faults(ppo, parts["advantage"], parts["shaping"], parts["reward"], parts["kl"])
+    peft, known = parts["peft"], parts["peft"].known_keys()
+    faults += [unknown("peft.settings", key, known) for key in peft.settings if known and key not in known]
+    faults += peft.clashes(model.path or parts["policy"], launch.processes)
+    for name in ("sft", "reward_model"):
+        if model.path is None and parts[name].max_length > model.context_length:
+            lengths = (
+                f"{name}.max_length={parts[name].max_length} tokens",
+                f"model.context_length={model.context_length}",
+            )
+            faults.append(" is above ".join(lengths))
+    if model.path is None and parts["policy"] is None and ptx.coef and ptx.max_length > model.context_length:
+        faults.append(f"ptx.max_length={ptx.max_length} tokens is above model.context_length={model.context_length}")
+    if ptx.path and not ptx.coef:
+        faults.append(f"ptx.path={ptx.path}: not used while ptx.coef=0; choose ptx=demonstrations or set ptx.coef")
+    longest = ppo.max_prompt + parts["rollout"].max_response
+    if model.path is None and longest > model.context_length:
+        faults.append(
+            f"ppo.max_prompt={ppo.max_prompt} plus rollout.max_response={parts['rollout'].max_response} is "
+            f"{longest} tokens, above model.context_length={model.context_length}"
+        )
+    return faults
+
+
+def _ppo_faults(ppo: PPOSettings, advantage: Any, shaping: Shaping, reward: Any, kl: Any) -> list[str]:
+    """Choices that make no sense together."""
+    faults, kind = [], type(advantage).__name__
+    if ppo.samples_per_prompt < advantage.min_samples:
+        faults.append(
+            f"ppo.samples_per_prompt={ppo.samples_per_prompt}: advantage {kind} compares the responses to one prompt, "
+            f"so it needs at least {advantage.min_samples}"
+        )
+    if not advantage.uses_values:
+        wrong = {  # what would set it right -> is it wrong
+            "ppo.value_warmup=0": ppo.value_warmup > 0,
+            "ppo.joint=false": ppo.joint,
+            "shaping.score_position=eos": shaping.score_position == "eos_plus_one",
+        }
+        faults += [
+            f"{mend.partition('=')[0]}: advantage {kind} has no value model; set {mend}"
+            for mend, is_wrong in wrong.items()
+            if is_wrong
+        ]
+    horizon = getattr(kl, "horizon", None)
+    if horizon is not None and ppo.batch >= 5 * horizon:
+        faults.append(
+            f"kl.horizon={horizon} must be above a fifth of ppo.batch={ppo.batch} episodes, or the coefficient could "
+            "turn negative"
+        )
+    if shaping.running != "none" and getattr(reward, "normalise", "none") != "none":
+        faults.append(
+            f"shaping.running={shaping.running} with reward.normalise={reward.normalise}: scores would be normalised "
+            "twice; set one of them to none"
+        )
+    return faults
