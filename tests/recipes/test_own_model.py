@@ -137,9 +137,19 @@ def test_the_whole_chain_trains_adapters_that_peft_loads_onto_the_model_each_sta
     kept = [word for word in SMALL if not word.startswith(("data.", "model.", "ptx"))]
     words = ["data=jsonl", "data.path=pairs.jsonl.gz", "data.heldout=0.3", "model.path=gpt2", "tracking=none"]
     words += ["sft.max_length=90", "reward_model.max_length=90", "ppo.max_prompt=60", "peft=lora"]
-    words += ["sft.learning_rate=0.02", "reward_model.learning_rate=0.02", "ppo.learning_rate=0.02"]
+    words += ["sft.learning_rate=0.02", "reward_model.learning_rate=0.02", "ppo.learning_rate=0.02", "ppo.ema=0.5"]
+    from alignkit.stages import ppo
+
+    genuine, last = ppo.save_policy, {}
+
+    def save_policy(actors, state, job):
+        last.update(actors.ema.average)  # swapped: the weights of the last step, while the average is saved
+        assert all(not torch.equal(state[name], value.full_tensor()) for name, value in last.items())
+        genuine(actors, state, job)
+
+    monkeypatch.setattr(ppo, "save_policy", save_policy)
     assert alignkit(monkeypatch, "rlhf", *kept, *words, "rollout.max_response=8", "name=own") == 0
-    assert "ppo: weights on this rank: reference shared, policy" in capsys.readouterr().out
+    assert last and "ppo: weights on this rank: reference shared, policy" in capsys.readouterr().out
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
