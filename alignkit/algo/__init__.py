@@ -1,4 +1,4 @@
-"""The mathematics of PPO with KL control: pure functions of tensors. Imports torch and itself, nothing else.
+"""The mathematics of PPO with KL control: pure functions of tensors. Imports torch, itself and alignkit.schema.
 
 Read in this order: types, masked, sequence, kl, shaping, advantage, losses, control, schedule.
 """

@@ -20,15 +20,20 @@ Whiten = Literal["none", "batch", "minibatch"]
 
 
 @settings
-class GAE:
-    """gamma: discount per token; lam: how far credit reaches (0: one step, 1: the whole response);
-    whiten: to mean 0 and variance 1 over the response tokens of the iteration (batch) or of each optimizer step
-    (minibatch), all ranks; clip: then cut to +-clip (null: not)."""
+class Normalised:
+    """What every strategy has. whiten: to mean 0 and variance 1 over the response tokens of the iteration (batch) or of
+    each optimizer step (minibatch), all ranks; clip: then cut to +-clip (null: not). See `normalise`."""
+
+    whiten: Whiten
+    clip: Positive | None
+
+
+@settings
+class GAE(Normalised):
+    """gamma: discount per token; lam: how far credit reaches (0: one step, 1: the whole response)."""
 
     gamma: Fraction
     lam: Fraction
-    whiten: Whiten
-    clip: Positive | None
 
     uses_values = True
     min_samples = 1
@@ -45,11 +50,8 @@ class GAE:
 
 
 @settings
-class RLOO:
-    """Each response against the mean of the other responses to its prompt; no value model. whiten, clip: as in GAE."""
-
-    whiten: Whiten
-    clip: Positive | None
+class RLOO(Normalised):
+    """Each response against the mean of the other responses to its prompt; no value model."""
 
     uses_values = False
     min_samples = 2
@@ -68,14 +70,11 @@ class RLOO:
 
 
 @settings
-class GRPO:
+class GRPO(Normalised):
     """Each response against the mean of all responses to its prompt; no value model. divide_by_std: also divide by
-    their standard deviation, which changes what is optimised (easy and hard prompts weigh more); whiten, clip: as in
-    GAE."""
+    their standard deviation, which changes what is optimised (easy and hard prompts weigh more)."""
 
     divide_by_std: bool
-    whiten: Whiten
-    clip: Positive | None
 
     uses_values = False
     min_samples = 2
@@ -96,13 +95,11 @@ class GRPO:
 
 
 @settings
-class ReinforcePlusPlus:
-    """The reward still to come from each token, whitened over the batch; no value model. gamma, whiten, clip: as in
-    GAE."""
+class ReinforcePlusPlus(Normalised):
+    """The reward still to come from each token, whitened over the batch; no value model. gamma:
+    discount per token."""
 
     gamma: Fraction
-    whiten: Whiten
-    clip: Positive | None
 
     uses_values = False
     min_samples = 1

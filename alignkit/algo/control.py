@@ -8,6 +8,7 @@ from typing import Literal
 
 from alignkit.schema import Count, NonNegative, Positive, settings
 
+Estimator = Literal["k1", "k2", "k3"]
 Place = Literal["reward", "loss"]
 
 
@@ -17,7 +18,7 @@ class FixedKL:
     reward or in the loss (k2, k3 only)."""
 
     coef: NonNegative
-    estimator: Literal["k1", "k2", "k3"]
+    estimator: Estimator
     place: Place
 
     target = None
@@ -48,7 +49,7 @@ class AdaptiveKL:
     coef: Positive
     target: Positive
     horizon: Count
-    estimator: Literal["k1", "k2", "k3"]
+    estimator: Estimator
     place: Place
 
     def next(self, coef: float, *, observed: float, episodes: int) -> float:

@@ -1,13 +1,11 @@
 """KL between policy and reference: the estimators, and the KL term of the loss. (In the reward: `shaping`.)"""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from alignkit.algo.control import Estimator
 from alignkit.algo.types import require_bool, same_shape
 
-Estimator = Literal["k1", "k2", "k3"]
 LOG_RATIO_LIMIT = 20.0  # nats, before exp: beyond it float32 overflows, and nothing can be learnt from such a token
 
 

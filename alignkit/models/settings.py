@@ -121,6 +121,15 @@ def refuse_stacking(peft: PeftSettings, base: str | Path | None) -> None:
         )
 
 
+def refuse_thin_chain(peft: PeftSettings) -> None:
+    """The same before a chain of stages begins, each of which starts from the one before."""
+    if peft.method != "none" and not peft.merge:
+        raise UserError(
+            "peft.merge=false: the reward model and PPO would stand on the adapter of SFT, and peft cannot load one "
+            "adapter on top of another; set peft.merge=true"
+        )
+
+
 def refuse_in_ppo(peft: PeftSettings) -> None:
     """Raise UserError for the methods that PPO cannot train."""
     if peft.method in PROMPT_METHODS:

@@ -50,10 +50,10 @@ class RewardModel:
             value.absorb_affine(mean, std)
             return cluster.shard(value, trainable=True)
 
+        scorer = load_scalar(model_folder(folder), encoder)
         if peft is None:
-            scorer = cluster.shard(load_scalar(model_folder(folder), encoder), trainable=False)
-            return ModelSource(scorer, mean, std, fresh_value)
-        shared = SharedScalar(load_scalar(model_folder(folder), encoder).classifier, peft)
+            return ModelSource(cluster.shard(scorer, trainable=False), mean, std, fresh_value)
+        shared = SharedScalar(scorer.classifier, peft)
         disable_dropout(shared.classifier)
         shared.absorb_affine(mean, std)
         cluster.shard(shared, trainable=True)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 
 from alignkit.errors import StageFailed, TrainingError, UserError
-from alignkit.models.settings import refuse_in_ppo
+from alignkit.models.settings import refuse_in_ppo, refuse_thin_chain
 from alignkit.observe.closing import closing_words
 from alignkit.runtime.config import conf_dir, load
 from alignkit.runtime.launch import Stopped
@@ -50,11 +50,8 @@ def run_job(name: str, chain: Callable[[Run], None], raw: dict) -> int:
         config = load(raw)
         if name in ("rlhf", "ppo"):
             refuse_in_ppo(config.peft)
-        if name == "rlhf" and config.peft.method != "none" and not config.peft.merge:
-            raise UserError(
-                "peft.merge=false: the reward model and PPO would stand on the adapter of SFT, and peft cannot load "
-                "one adapter on top of another; set peft.merge=true"
-            )
+        if name == "rlhf":
+            refuse_thin_chain(config.peft)
         run = Run(name, config, raw)
         chain(run)
     except UserError as error:

@@ -43,13 +43,11 @@ def check_rollout(
 def check_ratio(mean: float, largest: float, dtype: torch.dtype) -> None:
     """Before the first step of an iteration the new policy is the old one: the ratio is 1 (so approx_kl 0) at every
     token. mean, largest: of |log ratio| over the first minibatch, all ranks."""
-    limits = LOG_RATIO_LIMITS[dtype]
-    if not (mean <= limits[0] and largest <= limits[1]):
+    if beyond := _beyond_limits(mean, largest, dtype):
         raise TrainingError(
-            f"the ratio of new to old policy is off by {largest:.2g} before the first step (mean {mean:.2g}; limits "
-            f"{limits[1]:g} and {limits[0]:g} in {dtype}): scoring and training do not see the same network. Usual "
-            "causes: dropout left on, another dtype, padding side, an adapter left on or off, sampling settings that "
-            "the log-probabilities do not share"
+            f"the ratio of new to old policy is off by {beyond} before the first step: scoring and training do not see "
+            "the same network. Usual causes: dropout left on, another dtype, padding side, an adapter left on or off, "
+            "sampling settings that the log-probabilities do not share"
         )
 
 
@@ -57,13 +55,20 @@ def check_reference(scored: ScoredRollout, mask: Tensor, dtype: torch.dtype) -> 
     """Before the first policy step the policy is the reference: KL(policy || reference) is 0 at every token."""
     gap = torch.where(mask, scored.logprobs - scored.ref_logprobs, 0.0).abs()
     mean, largest = float(gap.sum() / mask.sum()), float(gap.max())
-    limits = LOG_RATIO_LIMITS[dtype]
-    if not (mean <= limits[0] and largest <= limits[1]):
+    if beyond := _beyond_limits(mean, largest, dtype):
         raise TrainingError(
-            f"KL(policy || reference) is not 0 before the first step: log-probabilities differ by {largest:.2g} nats "
-            f"(mean {mean:.2g}; limits {limits[1]:g} and {limits[0]:g} in {dtype}). Usual causes: reference and policy "
-            "loaded from different folders or in different dtypes, an adapter left on in the reference, dropout left on"
+            "KL(policy || reference) is not 0 before the first step: log-probabilities differ by "
+            f"{beyond}. Usual causes: reference and policy loaded from different folders or in different dtypes, an "
+            "adapter left on in the reference, dropout left on"
         )
+
+
+def _beyond_limits(mean: float, largest: float, dtype: torch.dtype) -> str:
+    """How far |log ratio| is beyond what rounding explains, in words; empty if it is not."""
+    mean_limit, limit = LOG_RATIO_LIMITS[dtype]
+    if mean <= mean_limit and largest <= limit:
+        return ""
+    return f"{largest:.2g} (mean {mean:.2g}; limits {limit:g} and {mean_limit:g} nats in {dtype})"
 
 
 def check_masks(rollout: Rollout, rule: SamplingRule) -> None:

@@ -162,10 +162,11 @@ def weight_bytes(model: torch.nn.Module, seen: set[int]) -> int:
     """Bytes of the parameters (this rank's shards) that are not in `seen` yet; they are afterwards."""
     total = 0
     for parameter in model.parameters():
-        storage = (parameter.to_local() if hasattr(parameter, "to_local") else parameter).untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            total += parameter.to_local().nbytes if hasattr(parameter, "to_local") else parameter.nbytes
+        here = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        place = here.untyped_storage().data_ptr()
+        if place not in seen:
+            seen.add(place)
+            total += here.nbytes
     return total
 
 

@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from alignkit.algo.schedule import Schedule
 from alignkit.schema import Count, CountOrZero, Fraction, NonNegative, Positive, Proportion, settings
 
-Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]  # see algo/schedule.py
-Aggregation = Literal["token_mean", "seq_mean_token_mean"]  # see algo/losses.py
+Aggregation = Literal["token_mean", "seq_mean_token_mean"]  # as in algo/losses.py, which imports torch
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
