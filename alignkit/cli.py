@@ -15,6 +15,9 @@ USAGE = """alignkit {version}: alignment of language models from human preferenc
   alignkit RECIPE --info defaults-tree  print where they come from
   alignkit RECIPE -m KEY=A,B,C          run once for each value
   alignkit RECIPE --config-dir FOLDER   add your own options to its groups
+  alignkit plan RECIPE [KEY=VALUE ...] [--gpu-memory=GIB]
+                                        what it takes of each GPU's memory, and whether that fits
+  alignkit resume RUN                   go on with a run that was interrupted, wherever it was
   eval "$(alignkit -sc install=bash)"   tab completion
 
 recipes:
@@ -46,6 +49,14 @@ def main() -> None:
     if not words:
         return
     name = words[0]
+    if name == "plan":
+        from alignkit.runtime.plan_text import plan_command
+
+        sys.exit(plan_command(words[1:], recipes))
+    if name == "resume":
+        from alignkit.runtime.resume import resume
+
+        sys.exit(resume(words[1:], recipes))
     if name not in recipes:
         print(f"error: no recipe '{name}'; recipes: {', '.join(recipes)} (alignkit --help)", file=sys.stderr)
         sys.exit(2)

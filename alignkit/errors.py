@@ -19,3 +19,11 @@ class StageFailed(Exception):
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class Interrupted(Exception):
+    """A stage was asked to end and has saved what it needs to go on; `step`: how far it was."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"interrupted after step {step}")
+        self.step = step

@@ -22,6 +22,21 @@ def pad_right(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     return tokens, torch.arange(width)[None, :] < lengths[:, None]
 
 
+def deal(lengths: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
+    """Rows dealt over ranks like cards, from the longest to the shortest, there and back: every rank gets equally many
+    (within one) and about as many tokens. Returns row numbers [ranks, share] int64 and which are real [ranks, share]:
+    a short hand is filled up with row 0, which is not.
+
+    Tests:  test_batching.py::test_every_rank_is_dealt_about_as_many_tokens
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    share = -(-len(order) // ranks)
+    filled = torch.cat([order, order.new_full((share * ranks - len(order),), -1)]).view(share, ranks)
+    filled[1::2] = filled[1::2].flip(1)
+    hands = filled.T.contiguous()
+    return hands.clamp(min=0), hands >= 0
+
+
 def length_order(mask: Tensor) -> Tensor:
     """Row numbers from the shortest to the longest: micro-batches cut from this order hold little padding."""
     return mask.sum(dim=1).argsort(stable=True)

@@ -40,6 +40,10 @@ class Rollout:
         """Response tokens [B, R]."""
         return self.tokens[:, self.prompt_width :]
 
+    def take(self, index: Tensor) -> "Rollout":
+        """The given rows, as wide as all."""
+        return Rollout(self.tokens[index], self.mask[index], self.response_mask[index], self.finished[index])
+
     def rows(self, index: Tensor) -> "Rollout":
         """The given rows, trimmed to the longest prompt and response among them."""
         keep, length = _trimmed(self.mask[index], self.response_mask[index])

@@ -2,10 +2,13 @@
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -13,13 +16,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from alignkit.data.tokens import Encoder
 from alignkit.errors import UserError
 from alignkit.models.adapters import apply_adapter, merge
-from alignkit.models.settings import ModelSettings, adapter_facts
+from alignkit.models.settings import UNGROUPED, ModelSettings, adapter_facts
 from alignkit.models.tokenizer import (
     PLAIN_TEMPLATE,
     end_of_turn,
@@ -54,23 +58,36 @@ def start_policy(
 
 
 def build_model(spec: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-    """A model of `spec`'s dimensions with random weights; the seed is the caller's."""
-    config = AutoConfig.for_model(
-        spec.architecture,
+    """A model of `spec`'s architecture and dimensions with random weights; the seed is the caller's."""
+    config = model_config(
+        spec,
         vocab_size=len(tokenizer),
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.hidden_size * 8 // 3 // 8 * 8,
-        num_hidden_layers=spec.num_layers,
-        num_attention_heads=spec.num_heads,
-        num_key_value_heads=spec.num_heads,
-        head_dim=spec.hidden_size // spec.num_heads,
-        max_position_embeddings=spec.context_length,
-        tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return _build(AutoModelForCausalLM, config)
+
+
+def model_config(spec: ModelSettings, **options: Any) -> PreTrainedConfig:
+    """transformers' config of `spec`'s architecture and dimensions; what is null there follows from the rest."""
+    sizes = {
+        "hidden_size": spec.hidden_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "max_position_embeddings": spec.context_length,
+        "tie_word_embeddings": spec.tie_embeddings,
+    }
+    if spec.architecture in UNGROUPED:
+        wide = "n_inner" if spec.architecture == "gpt2" else "intermediate_size"
+        sizes[wide] = spec.intermediate_size or 4 * spec.hidden_size
+    else:
+        sizes["intermediate_size"] = spec.intermediate_size or spec.hidden_size * 8 // 3 // 8 * 8
+        sizes["num_key_value_heads"] = spec.num_kv_heads or spec.num_heads
+        sizes["head_dim"] = spec.head_dim or spec.hidden_size // spec.num_heads
+    if spec.architecture == "mistral":
+        sizes["sliding_window"] = None  # as of version 0.3 of the 7B model
+    return AutoConfig.for_model(spec.architecture, **{**sizes, **options})
 
 
 def grow_embeddings(model: nn.Module, size: int) -> None:
@@ -178,7 +195,36 @@ def read_manifest(path: str | Path) -> dict:
     return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
+@contextmanager
+def skeletons() -> Iterator[None]:
+    """Inside, models are loaded and built without weights: parameters on the meta device, buffers as they should be."""
+    global _without_weights
+    _without_weights = True
+    try:
+        yield
+    finally:
+        _without_weights = False
+
+
+_without_weights = False
+
+
+def _build(factory, config: PreTrainedConfig) -> nn.Module:
+    """A model of this config with random weights in float32, or among `skeletons` with none."""
+    if not _without_weights:
+        return factory.from_config(config, dtype=torch.float32)
+    with init_empty_weights(include_buffers=False):
+        model = factory.from_config(config, dtype=torch.float32)
+    model.tie_weights()  # outside: within, each assignment of a parameter makes another one
+    return model
+
+
 def _load(factory, path: str | Path, **options: Any) -> nn.Module:
+    if _without_weights:
+        model = _build(factory, AutoConfig.from_pretrained(str(path), **options))
+        if (Path(path) / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(str(path))
+        return model
     try:
         model = factory.from_pretrained(str(path), dtype=torch.float32, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -200,8 +246,9 @@ def _load_classifier(path: str | Path, **options: Any) -> nn.Module:
     causal = load_causal(path, **options)
     config = copy.deepcopy(causal.config)
     config.num_labels = labels or config.num_labels
-    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    model.base_model.load_state_dict(causal.base_model.state_dict())
+    model = _build(AutoModelForSequenceClassification, config)
+    if not _without_weights:
+        model.base_model.load_state_dict(causal.base_model.state_dict())
     return model
 
 
@@ -229,7 +276,7 @@ def _put_on(model: nn.Module, folder: Path) -> nn.Module:
         model.config.pad_token_id = tokenizer.pad_token_id
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
-    return apply_adapter(model, folder)
+    return model if _without_weights else apply_adapter(model, folder)
 
 
 def require_context(model: nn.Module, tokens: int, settings: str) -> None:

@@ -16,6 +16,7 @@ CONFIG_CLASS = {  # of peft, by method
     "prompt": "PromptTuningConfig",
     "p_tuning": "PromptEncoderConfig",
 }
+UNGROUPED = ("gpt2", "gpt_neox")  # architectures without grouped key-value heads and with a plain, 4 times wider MLP
 PROMPT_METHODS = ("prefix", "prompt", "p_tuning")  # learnt tokens before the first one, no change of any weight
 MUST_STAY = {  # else the adapter changes the base or does not start as the identity, and cannot be switched off
     "bias": ("none",),
@@ -29,24 +30,38 @@ MUST_STAY = {  # else the adapter changes the base or does not start as the iden
 
 @settings
 class ModelSettings:
-    """`path`: a local folder or a Hub id of a decoder-only model, at `revision`; or null: a small model of
-    `architecture` with these dimensions is built from scratch, with a BPE vocabulary learnt from the training texts."""
+    """`path`: a local folder or a Hub id of a decoder-only model, at `revision`; or null: a model of `architecture`
+    with these dimensions is built from scratch, with a BPE vocabulary learnt from the training texts. Beside a Hub id
+    they are that model's dimensions, for `alignkit plan` where the Hub is out of reach. intermediate_size,
+    num_kv_heads, head_dim: null follows from the others; tie_embeddings: one matrix for embeddings and head."""
 
     path: str | None
     revision: str | None
     trust_remote_code: bool
-    architecture: Literal["llama", "qwen3"]
+    architecture: Literal["llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox"]
     hidden_size: Count
+    intermediate_size: Count | None
     num_layers: Count
     num_heads: Count
+    num_kv_heads: Count | None
+    head_dim: Count | None
+    tie_embeddings: bool
     vocab_size: Count
     context_length: Count
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}")
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.vocab_size < 262:
             raise ValueError(f"vocab_size={self.vocab_size} must be at least 262: 256 bytes and 6 special tokens")
+        for name in ("num_kv_heads", "head_dim"):
+            if self.architecture in UNGROUPED and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: {self.architecture} has as many key-value heads as heads, each of "
+                    f"hidden_size / num_heads; set {name}=null"
+                )
 
 
 @settings

@@ -4,12 +4,14 @@ The files are the record. They are complete after every row, whatever happens to
 account; W&B is a sink beside them that may fail without anyone noticing more than one line.
 """
 
+import errno
 import json
 import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +24,8 @@ STEP_KEYS = {
     "evaluate": "evaluate/prompts",
 }
 """The x-axis of each stage: optimizer steps, or how many episodes or prompts the stage has seen."""
+PATIENCE = 60.0
+"""Seconds that a row waits for room on a full disk."""
 
 
 class Sink(Protocol):
@@ -71,6 +75,30 @@ class Tracker:
         _append(self._samples, stamped)
         self._to_sink(lambda sink: sink.samples(stamped, step))
 
+    def position(self) -> dict[str, int]:
+        """Bytes of metrics.jsonl and samples.jsonl so far, on the disk when this returns: what `rewind` takes."""
+        return {file.name: _synced_size(file) for file in (self._metrics, self._samples)} if self.is_main else {}
+
+    def reaches(self, position: Mapping[str, int]) -> bool:
+        """Whether both files hold at least that much."""
+        files = (self._metrics, self._samples)
+        return all((f.stat().st_size if f.exists() else 0) >= position.get(f.name, 0) for f in files)
+
+    def rewind(self, position: Mapping[str, int]) -> None:
+        """Drop the rows after `position` ({}: all): those that a stage which goes on from there will write again."""
+        for file in (self._metrics, self._samples):
+            if self.is_main and file.exists():
+                os.truncate(file, position.get(file.name, 0))
+
+    def history(self) -> list[dict[str, float]]:
+        """The rows of metrics.jsonl as they were logged, without step and time; on the main process only."""
+        lines = self._metrics.read_text("utf-8").splitlines() if self.is_main and self._metrics.exists() else []
+        history = []
+        for row in map(json.loads, lines):
+            named = {key: value for key, value in row.items() if key not in (self.step_key, "time", "nonfinite")}
+            history.append({key.partition("/")[2]: math.nan if v is None else v for key, v in named.items()})
+        return history
+
     def summarise(self, values: Mapping[str, float | str]) -> None:
         """The figures by which runs are compared. Later values of a name replace earlier ones."""
         if not self.is_main:
@@ -110,14 +138,27 @@ class Tracker:
 def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Rows as strict JSON, one a line, all handed to the system when this returns.
 
-    JSON has no NaN and no infinity: they become null, and "nonfinite" names them.
+    JSON has no NaN and no infinity: they become null, and "nonfinite" names them. A full disk has PATIENCE seconds,
+    as a checkpoint that has just filled it takes itself away again.
     """
-    with path.open("a", encoding="utf-8") as file:
-        for row in rows:
-            line = {name: without_nonfinite(value) for name, value in row.items()}
-            if replaced := [name for name in row if line[name] != row[name]]:
-                line["nonfinite"] = replaced
-            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+    lines = []
+    for row in rows:
+        line = {name: without_nonfinite(value) for name, value in row.items()}
+        if replaced := [name for name in row if line[name] != row[name]]:
+            line["nonfinite"] = replaced
+        lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+    size, end = path.stat().st_size if path.exists() else 0, time.monotonic() + PATIENCE
+    while True:
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+            return
+        except OSError as error:
+            if path.exists():
+                os.truncate(path, size)
+            if error.errno != errno.ENOSPC or time.monotonic() > end:
+                raise
+            time.sleep(0.1)
 
 
 def without_nonfinite(value: Any) -> Any:
@@ -129,6 +170,15 @@ def without_nonfinite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_nonfinite(item) for key, item in value.items()}
     return value
+
+
+def _synced_size(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        with suppress(OSError):  # if rows are lost with the power then, `reaches` tells
+            os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
 
 
 def _drop_torn_line(path: Path) -> None:

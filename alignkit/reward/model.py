@@ -48,16 +48,19 @@ class RewardModel:
         def fresh_value() -> ScalarModel:
             value = load_scalar(model_folder(folder), encoder)
             value.absorb_affine(mean, std)
-            return cluster.shard(value, trainable=True)
+            return value
 
-        scorer = load_scalar(model_folder(folder), encoder)
-        if peft is None:
-            return ModelSource(cluster.shard(scorer, trainable=False), mean, std, fresh_value)
-        shared = SharedScalar(scorer.classifier, peft)
-        disable_dropout(shared.classifier)
-        shared.absorb_affine(mean, std)
-        cluster.shard(shared, trainable=True)
-        return ModelSource(shared.score, mean, std, lambda: shared)
+        def both() -> SharedScalar:
+            shared = SharedScalar(load_scalar(model_folder(folder), encoder).classifier, peft)
+            disable_dropout(shared.classifier)
+            shared.absorb_affine(mean, std)
+            return shared
+
+        if peft is not None:
+            shared = cluster.place(both, trainable=True)
+            return ModelSource(shared.score, mean, std, lambda: shared)
+        scorer = cluster.place(lambda: load_scalar(model_folder(folder), encoder), trainable=False)
+        return ModelSource(scorer, mean, std, lambda: cluster.place(fresh_value, trainable=True))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -14,17 +15,23 @@ if TYPE_CHECKING:
 class RolloutEngine(Protocol):
     """A frozen settings class with these fields and this method is an engine: one file and one YAML.
 
-    temperature > 0; min_response and max_response in tokens.
+    temperature > 0; min_response and max_response in tokens; unshard: needs all weights on every rank.
     """
 
     temperature: float
     min_response: int
     max_response: int
 
-    def generate(self, model: nn.Module, prompts: PromptBatch, rule: SamplingRule, noise: Tensor) -> Rollout:
+    unshard: bool
+
+    def generate(
+        self, model: nn.Module, prompts: PromptBatch, rule: SamplingRule, noise: Tensor, go_on: Callable[[bool], bool]
+    ) -> Rollout:
         """Sample one response to each prompt. noise [B, max_response] in (0, 1) decides every token.
 
-        Called under no_grad with all weights of `model` on this rank; ranks may take different numbers of steps, so
-        there must be no collective inside. Responses have width R = max_response, padded on the right.
+        Called with equally many prompts on every rank. With `unshard` all weights of `model` are on this rank, ranks
+        may take different numbers of steps and `go_on` is the identity; else a forward is a collective, and
+        go_on(running) says, on all ranks alike, whether any rank needs another. Responses have width R = max_response,
+        padded on the right.
         """
         ...

@@ -6,6 +6,7 @@ Rows that are finished leave the batch as soon as a quarter of it is done.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from alignkit.schema import Count, CountOrZero, Positive, settings
@@ -20,19 +21,23 @@ if TYPE_CHECKING:
 @settings
 class Native:
     """temperature: divides the logits, in sampling and in every log-probability; min_response: tokens before a
-    response may stop; max_response: tokens, stop token included; batch: sequences decoded at once on a rank (memory
-    only, never the result)."""
+    response may stop; max_response: tokens, stop token included; batch: sequences decoded at once on a rank; unshard:
+    all weights of the policy are on every rank meanwhile, else its layers are gathered for every token (both: memory
+    and time only, never the result)."""
 
     temperature: Positive
     min_response: CountOrZero
     max_response: Count
     batch: Count
+    unshard: bool
 
     def __post_init__(self) -> None:
         if self.min_response >= self.max_response:
             raise ValueError(f"min_response={self.min_response} must be below max_response={self.max_response} tokens")
 
-    def generate(self, model: nn.Module, prompts: PromptBatch, rule: SamplingRule, noise: Tensor) -> Rollout:
+    def generate(
+        self, model: nn.Module, prompts: PromptBatch, rule: SamplingRule, noise: Tensor, go_on: Callable[[bool], bool]
+    ) -> Rollout:
         """Sample one response to each prompt; see `RolloutEngine.generate`."""
         import torch
 
@@ -42,7 +47,7 @@ class Native:
         with torch.no_grad():
             response = torch.cat(
                 [
-                    decode(model, tokens, mask, rule, part)
+                    decode(model, tokens, mask, rule, part, go_on)
                     for tokens, mask, part in zip(
                         prompts.tokens.split(self.batch), prompts.mask.split(self.batch), noise.split(self.batch)
                     )
@@ -57,8 +62,11 @@ class Native:
         )
 
 
-def decode(model: nn.Module, tokens: Tensor, mask: Tensor, rule: SamplingRule, noise: Tensor) -> Tensor:
-    """Responses [B, R] to prompts [B, P], R = noise.shape[1]; after its stop token a row holds PAD."""
+def decode(
+    model: nn.Module, tokens: Tensor, mask: Tensor, rule: SamplingRule, noise: Tensor, go_on: Callable[[bool], bool]
+) -> Tensor:
+    """Responses [B, R] to prompts [B, P], R = noise.shape[1]; after its stop token a row holds PAD. go_on: whether
+    there is another step, from whether a row here is still running."""
     import torch
     from transformers import DynamicCache
 
@@ -85,9 +93,9 @@ def decode(model: nn.Module, tokens: Tensor, mask: Tensor, rule: SamplingRule, n
         token = draw(rule.apply(logits, start=step)[:, -1], noise[rows, step])
         response[rows[running], step] = token[running]
         running = running & ~torch.isin(token, stops)
-        if not bool(running.any()):
+        if not go_on(bool(running.any())):
             break
-        if float(running.float().mean()) <= 0.75:
+        if 0.0 < float(running.float().mean()) <= 0.75:  # with none left, the others need this rank to keep step
             keep = running.nonzero().squeeze(1)
             cache.batch_select_indices(keep)
             rows, whole, token, positions = rows[keep], whole[keep], token[keep], positions[keep]

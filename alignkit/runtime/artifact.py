@@ -35,7 +35,7 @@ WITHOUT_EFFECT = {  # settings that change how a result is computed or shown, no
     "sft": ("microbatch",),
     "reward_model": ("microbatch",),
     "ppo": ("microbatch", "samples_every", "self_checks"),
-    "rollout": ("batch",),
+    "rollout": ("batch", "unshard"),
     "reward": ("path",),  # the reward model is an input with a digest of its own
     "data": ("path",),  # its bytes are in the data's fingerprint
     "ptx": ("path",),  # likewise
@@ -63,6 +63,7 @@ def stage_digest(stage: str, raw: Mapping[str, Any], data: str, inputs: Mapping[
         "stage": stage,
         "version": STAGE_VERSION[stage],
         "seed": raw["seed"],
+        "compute_dtype": raw["compute_dtype"],
         "settings": chosen,
         "data": data,
         "inputs": dict(inputs),
@@ -135,9 +136,14 @@ class Store:
             return None
         return Artifact(folder, digest, manifest["metrics"])
 
-    def start(self, stage: str, digest: str) -> Path:
-        """An empty folder to write the product into; what a crash left there before is kept beside it."""
+    def start(self, stage: str, digest: str, *, anew: bool = False) -> Path:
+        """The folder to write the product into: the one that an interrupted attempt left with a checkpoint, unless
+        `anew`; else an empty one, and what was left there is kept beside it."""
         partial = self.folder / f"{stage}-{digest}.partial"
+        if not anew and any(partial.glob("state/checkpoint-*/sealed.json")):
+            for left in ("result.json", "stop"):
+                (partial / left).unlink(missing_ok=True)
+            return partial
         if partial.exists():
             aside = (self.folder / f"{stage}-{digest}.failed-{number}" for number in itertools.count(1))
             partial.rename(next(place for place in aside if not place.exists()))
@@ -163,6 +169,8 @@ class Store:
             shutil.rmtree(old)
         else:
             partial.rename(final)
+        for left in (*(final / "state").glob("*checkpoint-*"), *(final / "state").glob(".checkpoint-*")):
+            shutil.rmtree(left)  # last, when the product is safe: they are several times its size
         return Artifact(final, digest, facts["metrics"])
 
 
@@ -179,10 +187,11 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 
 def _lost_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """The files that the manifest names and that are missing, cut off or changed."""
-    return [name for name, facts in manifest["files"].items() if not _intact(folder / name, facts)]
+    return [name for name, facts in manifest["files"].items() if not intact(folder / name, facts)]
 
 
-def _intact(file: Path, facts: Mapping[str, Any]) -> bool:
+def intact(file: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether a file has the size and SHA-256 that were written down of it."""
     return file.is_file() and file.stat().st_size == facts["bytes"] and file_digest(file) == facts["sha256"]
 
 
@@ -192,6 +201,11 @@ def link(place: Path, target: Path) -> None:
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(os.path.relpath(target, place.parent), target_is_directory=True)
     fresh.replace(place)
+
+
+def link_target(place: Path) -> str | None:
+    """The name of the folder that a link points to, whether it is there or not; None if there is no link."""
+    return Path(os.readlink(place)).name if place.is_symlink() else None
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -3,9 +3,12 @@
 Hydra writes nothing itself: no output folder, no log; alignkit's own runs/ folder is made after the check.
 """
 
+import contextlib
 import difflib
+import io
 import os
 import re
+import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -21,19 +24,30 @@ from omegaconf.errors import OmegaConfBaseException
 from alignkit.runtime.config import REFUSED
 
 STAMP = time.strftime("%Y%m%d-%H%M%S")  # of this process: the jobs of one sweep share it
+HERE = secrets.token_hex(8)  # this process, by which a job knows that it was sent to another one
+
+
+class JobFailed(Exception):
+    """A job that Hydra's launcher ran in another process: its words, and its exit code."""
+
+    def __init__(self, words: str, code: int) -> None:
+        super().__init__(words, code)
+        self.words, self.code = words, code
 
 
 def compose_and_call(conf: Path, name: str, call: Callable[[dict[str, Any]], int]) -> int:
     """Compose conf/<name>.yaml with sys.argv and call `call` with the plain settings, once a job (several with -m).
 
     `call` returns an exit code; the first that is not 0 is returned. Jobs of a sweep go on after one has failed, but
-    not after a signal (codes from 128 on).
+    not after a signal (codes from 128 on). Where Hydra's launcher sends jobs to other processes (submitit), the first
+    that fails is raised as JobFailed once all have ended.
     """
     sys.path.insert(0, os.getcwd())  # for the user's own strategies, as `python -m` would
     full = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
     codes: list[int] = []
     faults: list[OmegaConfBaseException] = []
+    here, stamp, typed = HERE, STAMP, list(sys.argv)  # as they are now: another process has others
 
     def task(composed) -> None:
         if faults or any(code >= 128 for code in codes):
@@ -41,18 +55,24 @@ def compose_and_call(conf: Path, name: str, call: Callable[[dict[str, Any]], int
         try:
             raw = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
         except OmegaConfBaseException as error:  # raised from here, Hydra would print a line of its own
+            if not _is_here(here):
+                raise JobFailed(" ".join(str(error).split()), 2) from None
             faults.append(error)
             return
         if HydraConfig.get().mode is not None and HydraConfig.get().mode.name == "MULTIRUN":
-            raw["name"] = _job_name(raw["name"], name)
-        codes.append(call(raw))
+            raw["name"] = _job_name(raw["name"] or f"{name}-{stamp}", typed)
+        codes.append(call(raw) if _is_here(here) else _call_elsewhere(call, raw))
 
+    if other := [word.partition("=")[2] for word in typed if word.startswith("hydra/launcher=")]:
+        print(f"the jobs are run by {other[-1]}, and what they say is in its logs (RUNS_DIR/.sweeps)", flush=True)
     try:
         hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(task)()
-    except ValueError as error:
-        if "Config group override" not in str(error):
-            raise
-        raise HydraException(_not_an_option(conf)) from error
+    except Exception as error:
+        if isinstance(error, ValueError) and "Config group override" in str(error):
+            raise HydraException(_not_an_option(conf)) from error
+        if type(error).__module__.startswith("submitit."):  # killed by Slurm, say
+            raise JobFailed(f"a job did not come back: {' '.join(str(error).split())}", 1) from None
+        raise
     finally:
         if full is None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
@@ -61,13 +81,35 @@ def compose_and_call(conf: Path, name: str, call: Callable[[dict[str, Any]], int
     return next((code for code in codes if code), 0)
 
 
-def _job_name(base: str | None, recipe: str) -> str:
-    """A name of its own for each job of a sweep: its number and what it changes against the other jobs."""
-    changed = [
-        word for word in HydraConfig.get().overrides.task if word not in sys.argv and not word.startswith("name=")
-    ]
+def _is_here(process: str) -> bool:
+    return process == HERE
+
+
+def _call_elsewhere(call: Callable[[dict[str, Any]], int], raw: dict[str, Any]) -> int:
+    """Run a job in a process whose exit code nobody sees: what it says of a failure is raised as well."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            code = call(raw)
+    finally:
+        sys.stderr.write(told.getvalue())
+    if code:
+        words = "\n".join(line.removeprefix("error: ") for line in told.getvalue().strip().splitlines())
+        raise JobFailed(f"{raw['name']}: {words}", code)
+    return code
+
+
+def _job_name(base: str, typed: list[str]) -> str:
+    """A name of its own for each job of a sweep: its number and what it changes against the other jobs. typed: the
+    words that all jobs share; Hydra quotes and escapes some of them."""
+
+    def plain(words: list[str]) -> list[str]:
+        return [re.sub(r"['\\]", "", word) for word in words]
+
+    shared, tasks = plain(typed), plain(HydraConfig.get().overrides.task)
+    changed = [word for word in tasks if word not in shared and not word.startswith("name=")]
     words = re.sub(r"[^A-Za-z0-9_.=,+-]", "_", ",".join(changed))
-    return f"{base or f'{recipe}-{STAMP}'}-{HydraConfig.get().job.num}-{words}"[:120].rstrip("-")
+    return f"{base}-{HydraConfig.get().job.num}-{words}"[:120].rstrip("-")
 
 
 def explain(error: Exception, conf: Path, name: str) -> str:

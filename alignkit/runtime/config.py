@@ -13,7 +13,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -25,7 +25,7 @@ from alignkit.errors import UserError
 from alignkit.models.settings import ModelSettings, PeftSettings
 from alignkit.observe.settings import TrackingSettings
 from alignkit.runtime.rules import across
-from alignkit.runtime.settings import LaunchSettings, ShardingSettings
+from alignkit.runtime.settings import CheckpointSettings, LaunchSettings, ShardingSettings
 from alignkit.stages.settings import EvaluateSettings, PPOSettings, PtxSettings, RewardModelSettings, SFTSettings
 
 SETTINGS = {
@@ -38,12 +38,13 @@ SETTINGS = {
     "shaping": Shaping,
     "evaluate": EvaluateSettings,
     "sharding": ShardingSettings,
+    "checkpoint": CheckpointSettings,
     "tracking": TrackingSettings,
     "launch": LaunchSettings,
 }
 PROTOCOL = {  # what the class that `_target_` names must have; the classes of alignkit document each
     "data": ("load", "fingerprint"),
-    "rollout": ("temperature", "min_response", "max_response", "generate"),
+    "rollout": ("temperature", "min_response", "max_response", "unshard", "generate"),
     "reward": ("open",),
     "advantage": ("uses_values", "min_samples", "whiten", "clip", "__call__"),
     "kl": ("coef", "target", "estimator", "place", "next"),
@@ -61,12 +62,14 @@ REFUSED = {  # keys that people look for, and why they are not there
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that a run was told. `name`, `runs_dir`: where it writes; `seed`: all randomness; `force`: run
+    """Everything that a run was told. `name`, `runs_dir`: where it writes; `seed`: all randomness; `compute_dtype`:
+    of forward and backward passes; `force`: run
     finished stages again; `trusted`: modules besides alignkit that `_target_` may name; `policy`: a model folder."""
 
     name: str | None
     runs_dir: str
     seed: Annotated[int, Field(ge=0, lt=2**32)]
+    compute_dtype: Literal["float32", "bfloat16"]
     force: bool
     trusted: list[str]
     policy: str | None
@@ -84,6 +87,7 @@ class RunConfig:
     kl: Any
     evaluate: EvaluateSettings
     sharding: ShardingSettings
+    checkpoint: CheckpointSettings
     tracking: TrackingSettings
     launch: LaunchSettings
 

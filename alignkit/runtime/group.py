@@ -1,14 +1,19 @@
-"""Starts the ranks of one stage: torch.distributed.run with its own words on a failed rank left out (the launcher
-tells the cause in one line) and with no rank left behind if the launcher dies.
+"""Starts the ranks of one stage on this machine: torch.distributed.run with its own words on a failed rank left out
+(the launcher tells the cause in one line) and with no rank left behind if the launcher dies.
 
-    python -m alignkit.runtime.group --nproc-per-node 2 ... -m alignkit.runtime.worker job.json
+    python -m alignkit.runtime.group REPORT.json --nproc-per-node 2 ... -m alignkit.runtime.worker job.json
+
+How each failed rank ended goes into REPORT.json; a rank that was killed has no other witness.
 """
 
 import ctypes
+import json
 import logging
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 
 def die_with_parent(signal_number: int) -> None:
@@ -25,16 +30,27 @@ def main() -> None:
     die_with_parent(signal.SIGTERM)
     os.environ["ALIGNKIT_PARENT"] = str(os.getpid())  # for the ranks
     logging.disable(logging.ERROR)
+    report, *words = sys.argv[1:]
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as run
 
     try:
-        run(sys.argv[1:])
-    except ChildFailedError:
+        run(words)
+    except ChildFailedError as failed:
+        _write(report, [{"rank": r, "code": f.exitcode, "time": f.timestamp} for r, f in failed.failures.items()])
         sys.exit(1)
     except SignalException as stop:
         sys.exit(128 + int(stop.sigval))
+    except Exception as error:  # of torch.distributed.run itself: a port in use, a machine that cannot be reached
+        _write(report, [{"rank": None, "message": f"{type(error).__name__}: {error}", "time": time.time()}])
+        sys.exit(1)
+
+
+def _write(report: str, entries: list[dict]) -> None:
+    fresh = Path(f"{report}.new")
+    fresh.write_text(json.dumps(entries), encoding="utf-8")
+    fresh.replace(report)
 
 
 if __name__ == "__main__":

@@ -1,66 +1,174 @@
 """Runs one stage: in worker processes that torch.distributed starts, or inside this process for debuggers.
 
 A stage's crash is an exit code here and one line for the person: the first rank that failed, the tail of its
-traceback, and the place of the log. Signals are passed on, and nothing is left running.
+traceback, and the place of the log. A signal asks the ranks for a checkpoint through a file `stop` in the stage's
+folder, since torch.distributed.run uses SIGTERM to end what a failed rank left behind. Nothing is left running.
 """
 
 import codecs
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from pathlib import Path
+from typing import Any
 
 from alignkit.errors import StageFailed
+from alignkit.runtime.failure import failure, forget, reports_of, saved
+from alignkit.runtime.link import Link, Lost, address
+from alignkit.runtime.machines import Team, join
 from alignkit.runtime.settings import LaunchSettings
+from alignkit.runtime.signals import Noted, Stopped, signals_to
 
 SMALL_MODEL = 20_000_000  # parameters below which a second thread costs more than it brings
+POLL = 0.1  # seconds between looks at what runs
+PARTING = 60.0  # seconds that ranks elsewhere may need longer than those here
+APPEARING = 10.0  # seconds until a file that one machine wrote is seen on another
 
 
-class Stopped(Exception):
-    """A signal asked this process to end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number
-
-
-def run_stage(job_file: Path, launch: LaunchSettings, num_parameters: int | None) -> None:
-    """Run the job to its end. Raises StageFailed with the cause, or Stopped after a signal."""
+def run_stage(job_file: Path, launch: LaunchSettings, num_parameters: int | None, team: Team | None = None) -> None:
+    """Run the job to its end, on all machines of the team. Raises StageFailed with the cause, or Stopped after a
+    signal, once the ranks have saved what they need to go on or the grace for it is over."""
     if launch.inline:
         from alignkit.runtime.worker import run_job
 
         run_job(job_file)
         return
-    command = [
-        *(sys.executable, "-m", "alignkit.runtime.group", "--standalone", "--max-restarts", "0"),
-        *("--nproc-per-node", str(launch.processes), "-m", "alignkit.runtime.worker", str(job_file)),
-    ]
-    logs = job_file.parent / "logs"
-    with signals_as_exceptions(), (logs / "rank0.log").open("wb") as log:
-        group = subprocess.Popen(
-            command,
+    team, folder = team or Team(), job_file.parent
+    forget(folder)
+    with signals_to(noted := Noted()):
+        port = team.begin(job_file, num_parameters)
+        with Group(job_file, launch, num_parameters, port) as group:
+            _wait(group, team, noted, folder / "stop", launch.grace)
+        team.end_stage()
+    whole = group.code == 0 and team.whole
+    reports = [] if whole else [*reports_of(folder / "logs"), *team.reports]
+    if noted.number:
+        raise Stopped(noted.number, saved(folder, reports))
+    if not whole or not (folder / "result.json").is_file():
+        raise failure(folder, reports, group.code)
+
+
+def _wait(group: "Group", team: Team, noted: Noted, stop: Path, grace: float) -> None:
+    """Until all ranks have ended, one has failed, or their time after a signal is over."""
+    deadline, asked = float("inf"), False
+    while team.busy() or group.code is None:
+        if group.code or team.failed or noted.again or time.monotonic() > deadline:
+            return
+        if noted.number and not asked:
+            stop.touch()
+            deadline, asked = time.monotonic() + grace, True
+            _say_stopping(grace)
+        elif group.code == 0 and not asked:
+            deadline = min(deadline, time.monotonic() + PARTING)
+        time.sleep(POLL)
+
+
+def follow(launch: LaunchSettings, facts: dict[str, Any]) -> None:
+    """Run this machine's ranks of each stage that machine 0 runs, until it ends. Raises StageFailed with its words and
+    exit code if that is not 0."""
+    with signals_to(noted := Noted()):
+        link, group, told = join(launch, facts, noted), None, 0
+        try:
+            while True:
+                message = link.next(POLL) or {}
+                if noted.number and told < 1 + noted.again:
+                    link.send(signal=noted.number, again=noted.again)
+                    if told == 0:
+                        _say_stopping(launch.grace)
+                    told += 1
+                if message.get("end"):
+                    raise StageFailed(f"machine 0: {message['words']}", message["end"])
+                if "end" in message:
+                    print("machine 0 has ended: all stages are done", flush=True)
+                    return
+                if "stage" in message:
+                    group = _share(message, launch, link)
+                if group and (group.code is not None or noted.again or "kill" in message):
+                    group.close()
+                    link.send(ended=group.code, reports=reports_of(group.logs) if group.code else [])
+                    group = None
+        except Lost as lost:
+            if noted.number:
+                raise Stopped(noted.number) from None
+            raise StageFailed(f"machine 0 (launch.rendezvous={launch.rendezvous}) was lost: {lost}") from None
+        finally:
+            if group:
+                group.close()
+            link.close()
+
+
+def _share(message: dict[str, Any], launch: LaunchSettings, link: Link) -> "Group | None":
+    """Start this machine's ranks of a stage, unless its job file cannot be seen from here."""
+    job_file, end = Path(message["stage"]), time.monotonic() + APPEARING
+    while not job_file.is_file():
+        if time.monotonic() > end:
+            words = f"runs_dir: machine {launch.machine} sees no {job_file}; all machines must share that folder"
+            link.send(ended=2, reports=[{"kind": "user", "rank": None, "message": words, "time": time.time()}])
+            return None
+        time.sleep(POLL)
+    stage = job_file.parent.name.split("-")[0]
+    print(f"{stage}: started the ranks of machine {launch.machine}; machine 0 shows how it goes", flush=True)
+    return Group(job_file, launch, message["num_parameters"], message["port"])
+
+
+def _say_stopping(grace: float) -> None:
+    print(
+        f"stopping: the ranks save a checkpoint and end, at most {grace:.0f} s; a second signal ends them now",
+        flush=True,
+    )
+
+
+class Group:
+    """The ranks of one stage on this machine; port: where they meet those of other machines. As a context it leaves
+    none of them behind."""
+
+    def __init__(self, job_file: Path, launch: LaunchSettings, num_parameters: int | None, port: int | None) -> None:
+        self.logs, machine = job_file.parent / "logs", launch.machine
+        where = ["--standalone"]
+        if port is not None:
+            where = ["--nnodes", launch.machines, "--node-rank", machine]
+            where += ["--master-addr", address(launch.rendezvous)[0], "--master-port", port]
+        command = [
+            *(sys.executable, "-m", "alignkit.runtime.group", self.logs / f"group{machine}.error.json", *where),
+            *("--max-restarts", "0", "--nproc-per-node", launch.processes),
+            *("-m", "alignkit.runtime.worker", job_file),
+        ]
+        self.log = (self.logs / (f"machine{machine}.log" if machine else "rank0.log")).open("ab")
+        self.process = subprocess.Popen(
+            [str(word) for word in command],
             env=worker_environment(launch, num_parameters),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-        echo = threading.Thread(target=_echo, args=(group.stdout, log), daemon=True)
-        echo.start()
-        try:
-            code = group.wait()
-        except BaseException:
-            _end(group, launch.grace)
-            raise
-        echo.join(timeout=5)
-    if code != 0:
-        raise failure(job_file.parent, code)
+        self.echo = threading.Thread(target=_echo, args=(self.process.stdout, self.log), daemon=True)
+        self.echo.start()
+
+    @property
+    def code(self) -> int | None:
+        """The exit code, None while it runs."""
+        return self.process.poll()
+
+    def close(self) -> None:
+        """End what still runs: ask, then kill; the kernel ends the ranks with torch.distributed.run."""
+        for ask, seconds in ((signal.SIGTERM, 1.0), (signal.SIGKILL, 10.0)):
+            if self.code is None:
+                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(self.process.pid, ask)
+                    self.process.wait(timeout=seconds)
+        self.echo.join(timeout=5)
+        self.log.close()
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def worker_environment(launch: LaunchSettings, num_parameters: int | None) -> dict[str, str]:
@@ -84,6 +192,7 @@ def worker_environment(launch: LaunchSettings, num_parameters: int | None) -> di
         OMP_NUM_THREADS=str(threads),
         TOKENIZERS_PARALLELISM="false",
         LOGLEVEL="CRITICAL",  # of torch.distributed.run, whose report on a failed rank is replaced by ours
+        TORCH_ELASTIC_SHUTDOWN_TIMEOUT="5",  # seconds from its SIGTERM to its SIGKILL, from torch 2.13 on; else 30
         PYTHONUNBUFFERED="1",
         ALIGNKIT_PARENT=str(os.getpid()),
         ALIGNKIT_TERMINAL="1" if sys.stderr.isatty() else "0",
@@ -91,57 +200,6 @@ def worker_environment(launch: LaunchSettings, num_parameters: int | None) -> di
     if threads > 1:
         environment.update(OMP_PROC_BIND="true", OMP_PLACES="threads")
     return environment
-
-
-def failure(folder: Path, code: int) -> StageFailed:
-    """The cause of a failed stage, from what its ranks wrote before they ended."""
-    stage, log = folder.name.split("-")[0], folder / "logs"
-    reports = [json.loads(file.read_text("utf-8")) for file in sorted(log.glob("rank*.error.json"))]
-    if not reports:
-        return StageFailed(f"{stage}: a rank ended without a word (exit {code}); killed, perhaps for memory? see {log}")
-    first = min(reports, key=lambda report: report["time"])
-    if first["kind"] == "user":
-        return StageFailed(first["message"], exit_code=2)
-    if first["kind"] == "training":
-        return StageFailed(f"{stage}: {first['message']}")
-    tail = first["traceback"].strip().splitlines()[-6:]
-    return StageFailed(
-        f"{stage}: rank {first['rank']} failed: {first['message']}\n" + "\n".join(tail) + f"\nwhole traceback: {log}"
-    )
-
-
-@contextmanager
-def signals_as_exceptions() -> Iterator[None]:
-    """Within, SIGTERM, SIGINT and SIGHUP raise Stopped in the main thread."""
-
-    def stop(number: int, _frame: object) -> None:
-        raise Stopped(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _end(group: subprocess.Popen, grace: float) -> None:
-    """End the group: ask, wait `grace` seconds, then kill. A further signal meanwhile does not interrupt this."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    for ask in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(group.pid, ask)
-            group.wait(timeout=grace)
-            return
-        except subprocess.TimeoutExpired:
-            continue
-        except ProcessLookupError:
-            return
 
 
 def _echo(source, log) -> None:

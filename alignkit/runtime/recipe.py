@@ -1,15 +1,20 @@
 """The decorator that makes a recipe a program: Hydra composes, one check, then the chain runs."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from alignkit.errors import StageFailed, TrainingError, UserError
 from alignkit.models.settings import refuse_in_ppo, refuse_thin_chain
 from alignkit.observe.closing import closing_words
 from alignkit.runtime.config import conf_dir, load
-from alignkit.runtime.launch import Stopped
+from alignkit.runtime.launch import follow
+from alignkit.runtime.machines import Team, facts_of
+from alignkit.runtime.outer import is_extra_task, with_outer
 from alignkit.runtime.run import Run
+from alignkit.runtime.signals import Stopped, hand_on, raise_stopped, signals_to
 
 
 def recipe(name: str) -> Callable[[Callable[[Run], None]], Callable[[], None]]:
@@ -19,7 +24,7 @@ def recipe(name: str) -> Callable[[Callable[[Run], None]], Callable[[], None]]:
         def program() -> None:
             sys.exit(run_program(name, chain))
 
-        program.__doc__ = chain.__doc__
+        program.__doc__, program.chain = chain.__doc__, chain
         return program
 
     return decorate
@@ -30,65 +35,73 @@ def run_program(name: str, chain: Callable[[Run], None]) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from alignkit.runtime.compose import compose_and_call, explain
+    from alignkit.runtime.compose import JobFailed, compose_and_call, explain
 
-    if is_extra_rank():
-        return 0
     try:
+        if is_extra_task():
+            return 0
         return compose_and_call(conf_dir(), name, lambda raw: run_job(name, chain, raw))
     except (HydraException, OmegaConfBaseException) as error:
-        return _report(explain(error, conf_dir(), name), 2)
+        return report(explain(error, conf_dir(), name), 2)
+    except UserError as error:
+        return report(str(error), 2)
+    except JobFailed as failed:
+        return report(failed.words, failed.code)
+    except KeyboardInterrupt:
+        return report("stopped by SIGINT; a job that was handed to Slurm goes on until scancel ends it", 130)
     except BrokenPipeError:  # `alignkit rlhf --cfg job | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
-def run_job(name: str, chain: Callable[[Run], None], raw: dict) -> int:
-    """Check one composed configuration and run the chain; a person's mistake or a failed stage is told in short."""
+def run_job(name: str, chain: Callable[[Run], None], raw: dict, resuming: bool = False) -> int:
+    """Check one composed configuration and run the chain; a person's mistake or a failed stage is told in short.
+    resuming: of a run that was begun before. On several machines only machine 0 runs the chain."""
+    run, team, number, code, words = None, Team(), 0, 1, "an error in alignkit itself"
     try:
-        raw = with_outer_ranks(raw)
-        config = load(raw)
+        if is_extra_task():  # of a job that submitit composed elsewhere and started here
+            return 0
+        config = load(full := with_outer(raw))
         if name in ("rlhf", "ppo"):
             refuse_in_ppo(config.peft)
         if name == "rlhf":
             refuse_thin_chain(config.peft)
-        run = Run(name, config, raw)
-        chain(run)
+        facts = facts_of(config, full) if config.launch.machines > 1 else {}
+        if config.launch.machine > 0:
+            follow(config.launch, facts)
+            return 0
+        with nullcontext() if config.launch.inline else signals_to(raise_stopped):
+            team.gather(config.launch, facts)
+            run = Run(name, config, raw, resuming, team)
+            chain(run)
+        code, words = 0, ""
     except UserError as error:
-        return _report(str(error), 2)
+        code, words = 2, str(error)
     except TrainingError as error:  # launch=inline
-        return _report(str(error), 1)
+        code, words = 1, str(error)
     except StageFailed as error:
-        return _report(str(error), error.exit_code)
+        code, words = error.exit_code, str(error)
     except Stopped as stop:
-        return _report(f"stopped by {stop}; finished stages are kept and will be reused", stop.exit_code)
-    except KeyboardInterrupt:
-        return _report("stopped by SIGINT; finished stages are kept and will be reused", 130)
+        number, code, words = stop.number, stop.exit_code, f"stopped by {stop}{_what_is_left(run, stop.saved)}"
+    except KeyboardInterrupt:  # launch=inline
+        code, words = 130, f"stopped by SIGINT{_what_is_left(run, 'finished stages are kept')}"
+    finally:
+        team.close(code, words)
+    if code:
+        report(words, code)
+        hand_on(number)
+        return code
     print(closing_words(run.summary, run.folder, list(run.products)), flush=True)
     return 0
 
 
-def is_extra_rank() -> bool:
-    """Whether this process is a further rank of a torchrun or Slurm job around the launcher: it has nothing to do,
-    since the first one starts all ranks itself."""
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    return int(rank) > 0
+def _what_is_left(run: Run | None, saved: str) -> str:
+    if run is None or not (run.folder / "config.yaml").is_file():
+        return " before anything was begun"
+    return f": {saved}; `alignkit resume {shlex.quote(run._shown(run.folder))}` goes on"
 
 
-def with_outer_ranks(raw: dict) -> dict:
-    """Started by torchrun or srun with several ranks, this first one starts as many itself, unless launch.processes
-    says otherwise. Raises UserError if they are spread over several machines."""
-    ranks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks)
-    if ("RANK" not in os.environ and "SLURM_PROCID" not in os.environ) or ranks == 1:
-        return raw
-    if here != ranks or int(os.environ.get("SLURM_NNODES", 1)) > 1:
-        raise UserError(f"{ranks} ranks on several machines: alignkit runs on one machine; start it there by itself")
-    launch = raw["launch"]
-    return {**raw, "launch": {**launch, "processes": ranks}} if launch["processes"] == 1 else raw
-
-
-def _report(message: str, code: int) -> int:
+def report(message: str, code: int) -> int:
     """Print `error: ...`: each line of a list of mistakes, or a failure with what belongs to it indented."""
     first, *rest = message.splitlines() or ["failed"]
     print(f"error: {first}", file=sys.stderr)

@@ -13,19 +13,20 @@ def across(parts: dict[str, Any], unknown: Callable[[str, str, list[str]], str])
     if parts["name"] and ("/" in parts["name"] or parts["name"].startswith(".")):
         faults.append(f"name={parts['name']}: expected the name of one folder in {parts['runs_dir']}, not a path")
     ppo, launch, sharding, model, ptx = (parts[name] for name in ("ppo", "launch", "sharding", "model", "ptx"))
+    ranks = f"launch.processes={launch.processes}"
+    if launch.machines > 1:
+        ranks += f" times launch.machines={launch.machines}"
     for name in ("sft", "reward_model"):
-        if parts[name].batch % launch.processes:
-            faults.append(f"{name}.batch={parts[name].batch} must be a multiple of launch.processes={launch.processes}")
-    if ppo.minibatch < launch.processes:
-        faults.append(f"ppo.minibatch={ppo.minibatch} must be at least launch.processes={launch.processes}")
-    if sharding.shard_size and launch.processes % sharding.shard_size:
-        faults.append(
-            f"launch.processes={launch.processes} must be a multiple of sharding.shard_size={sharding.shard_size}"
-        )
+        if parts[name].batch % launch.ranks:
+            faults.append(f"{name}.batch={parts[name].batch} must be a multiple of {ranks}")
+    if ppo.minibatch < launch.ranks:
+        faults.append(f"ppo.minibatch={ppo.minibatch} must be at least {ranks}")
+    if isinstance(sharding.shard_size, int) and launch.ranks % sharding.shard_size:
+        faults.append(f"{ranks} must be a multiple of sharding.shard_size={sharding.shard_size}")
     faults += _ppo_faults(ppo, parts["advantage"], parts["shaping"], parts["reward"], parts["kl"])
     peft, known = parts["peft"], parts["peft"].known_keys()
     faults += [unknown("peft.settings", key, known) for key in peft.settings if known and key not in known]
-    faults += peft.clashes(model.path or parts["policy"], launch.processes)
+    faults += peft.clashes(model.path or parts["policy"], launch.ranks)
     for name in ("sft", "reward_model"):
         if model.path is None and parts[name].max_length > model.context_length:
             lengths = (

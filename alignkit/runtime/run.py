@@ -13,17 +13,20 @@ from alignkit import __version__
 from alignkit.errors import UserError
 from alignkit.models.settings import adapter_facts
 from alignkit.observe.wandb_sink import decide_mode
-from alignkit.runtime.artifact import Artifact, Store, link, open_artifact, stage_digest, write_json
+from alignkit.runtime.artifact import Artifact, Store, link, link_target, open_artifact, stage_digest, write_json
 from alignkit.runtime.compose import as_yaml
 from alignkit.runtime.config import RunConfig, with_sources
 from alignkit.runtime.launch import run_stage
+from alignkit.runtime.machines import Team
 
 
 class Run:
     """What a recipe works with: `run.stage(...)` for each step, `run.given(...)` for models from outside."""
 
-    def __init__(self, recipe: str, config: RunConfig, raw: dict[str, Any]) -> None:
-        self.recipe, self.config, self.raw = recipe, config, raw
+    def __init__(
+        self, recipe: str, config: RunConfig, raw: dict[str, Any], resuming: bool = False, team: Team | None = None
+    ) -> None:
+        self.recipe, self.config, self.raw, self.resuming, self.team = recipe, config, raw, resuming, team
         self.identity = with_sources(raw)
         # The data is read here too: a missing file or a broken row is told before anything is made.
         self.data_digest = config.data.fingerprint()
@@ -44,7 +47,8 @@ class Run:
     def _open(self) -> None:
         """Make the run's folder, once a stage is to be run: until then a mistake leaves nothing behind."""
         self._lock = self._claim()
-        for old in ("sft", "reward_model", "ppo", "evaluate", "summary.json"):  # of an earlier run of this name
+        earlier = ("sft", "reward_model", "ppo", "evaluate", "summary.json")  # of another run of this name
+        for old in () if self.resuming else earlier:
             (self.folder / old).unlink(missing_ok=True)
         (self.folder / "config.yaml").write_text(f"# alignkit {self.recipe}\n{as_yaml(self.raw)}", encoding="utf-8")
         _say(f"run {self.name} ({self.recipe}) in {self._shown(self.folder)}")
@@ -58,6 +62,8 @@ class Run:
             self._open()
         made_from = {key: item.digest for key, item in inputs.items()} | (self._start() if name == "sft" else {})
         digest = stage_digest(name, self.identity, self.data_digest, made_from)
+        if self.resuming:
+            self._refuse_other_start(name, digest)
         with self.store.locked(name, digest):
             product = None if self.config.force else self.store.find(name, digest)
             if product:
@@ -98,13 +104,22 @@ class Run:
                 f"{key}={path} is not used by alignkit {self.recipe}, which trains its own; use alignkit ppo"
             )
 
+    def _refuse_other_start(self, name: str, digest: str) -> None:
+        """A stage that was begun from other data or another model would silently begin again."""
+        begun = link_target(self.folder / name)
+        if begun is not None and begun.removesuffix(".partial") != f"{name}-{digest}":
+            raise UserError(
+                f"resume: {name} was begun as {begun.removesuffix('.partial')}, but is {name}-{digest} now: its data, "
+                "the model that it starts from or alignkit itself has changed since; put it back, or start another run"
+            )
+
     def _make(self, name: str, digest: str, inputs: dict[str, Artifact]) -> Artifact:
         began = time.time()
-        partial = self.store.start(name, digest)
+        partial = self.store.start(name, digest, anew=self.config.force)
         link(self.folder / name, partial)
-        _say(
-            f"{name}: started" + (f" on {self.config.launch.processes} processes" * (self.config.launch.processes > 1))
-        )
+        ranks = self.config.launch.ranks
+        begun = "taken up again" if (partial / "job.json").exists() else "started"
+        _say(f"{name}: {begun}" + f" on {ranks} processes" * (ranks > 1))
         job = {
             "stage": name,
             "recipe": self.recipe,
@@ -119,7 +134,7 @@ class Run:
         }
         write_json(partial / "job.json", job)
         self.made.append(name)
-        run_stage(partial / "job.json", self.config.launch, self._num_parameters(inputs))
+        run_stage(partial / "job.json", self.config.launch, self._num_parameters(inputs), self.team)
         metrics = json.loads((partial / "result.json").read_text("utf-8"))
         metrics["seconds"] = round(time.time() - began, 1)
         facts = {

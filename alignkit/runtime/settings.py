@@ -1,29 +1,66 @@
-"""How the stages are started and sharded."""
+"""How the stages are started, sharded and saved on the way."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from alignkit.schema import Count, Positive, settings
+from alignkit.schema import Count, CountOrZero, Positive, settings
 
 
 @settings
 class LaunchSettings:
-    """processes: ranks of each stage; threads: CPU threads of a rank; inline: run in this process (debuggers, tests);
-    grace: seconds that the ranks have to end after a signal before they are killed."""
+    """processes: ranks of each stage on a machine; machines: how many there are, this one is number `machine` of 0 ..
+    machines - 1 and number 0 listens at `rendezvous` (host:port); threads: CPU threads of a rank; inline: run in this
+    process (debuggers, tests); grace: seconds that the ranks have for a checkpoint after a signal before they are
+    killed; patience: seconds to wait for the other machines at the start."""
 
     processes: Count
+    machines: Count
+    machine: CountOrZero
+    rendezvous: str | None
     threads: Literal["auto"] | Annotated[int, Field(ge=1)]
     inline: bool
     grace: Positive
+    patience: Positive
 
     def __post_init__(self) -> None:
-        if self.inline and self.processes != 1:
-            raise ValueError(f"inline=true runs one process, but processes={self.processes}: set launch.processes=1")
+        if self.inline and self.ranks != 1:
+            names = f"processes={self.processes} and machines={self.machines}: set both to 1"
+            raise ValueError(f"inline=true runs one process, but {names}")
+        if self.machine >= self.machines:
+            raise ValueError(f"machine={self.machine} must be below machines={self.machines}: they count from 0")
+        if self.machines > 1 and self.rendezvous is None:
+            raise ValueError(f"machines={self.machines} need rendezvous=HOST:PORT of machine 0")
+        if self.rendezvous is not None and not self.rendezvous.rpartition(":")[2].isdecimal():
+            raise ValueError(f"rendezvous={self.rendezvous}: expected HOST:PORT, for example 10.0.0.1:29400")
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of each stage, over all machines."""
+        return self.processes * self.machines
 
 
 @settings
 class ShardingSettings:
-    """shard_size: over how many ranks each model is split; null: over all. Ranks beyond it hold replicas."""
+    """shard_size: over how many ranks each model is split: all of them, those of a machine, or a number (1: every rank
+    holds whole models); the groups hold replicas of each other. activation_checkpointing: keep only the inputs of the
+    decoder layers and compute the rest again in the backward pass. offload_frozen: the weights of reference and reward
+    model, offload_optimizer: Adam's moments stay in the CPU's memory and visit the GPU when they are used."""
 
-    shard_size: Count | None
+    shard_size: Literal["all", "machine"] | Count
+    activation_checkpointing: bool
+    offload_frozen: bool
+    offload_optimizer: bool
+
+
+@settings
+class CheckpointSettings:
+    """When a stage saves what it needs to go on: every so many iterations (PPO), optimizer steps (SFT, reward model) or
+    minutes, whichever comes first (null: never for that reason), and after SIGTERM or SIGINT. keep_last: checkpoints
+    that are kept; background: write while training goes on."""
+
+    every_iterations: Count | None
+    every_steps: Count | None
+    every_minutes: Positive | None
+    keep_last: Count
+    background: bool

@@ -6,7 +6,7 @@ the global token count.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,23 +15,54 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from alignkit.algo.batching import deal
 from alignkit.errors import UserError
+from alignkit.models.loading import skeletons
+
+
+@dataclass(frozen=True)
+class Hand:
+    """Rows dealt over the ranks. all_rows, all_real [ranks, share]: as in `algo.batching.deal`; rank: whose hand."""
+
+    all_rows: Tensor
+    all_real: Tensor
+    rank: int
+
+    @property
+    def rows(self) -> Tensor:
+        """This rank's row numbers, [share] int64."""
+        return self.all_rows[self.rank]
+
+    @property
+    def real(self) -> Tensor:
+        """Which of them are this rank's own and not there to keep step, [share] bool."""
+        return self.all_real[self.rank]
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """This rank among all ranks of the stage."""
+    """This rank among all ranks of the stage, and how models are laid out on them.
+
+    compute_dtype: of forward and backward; None: that of the weights. activation_checkpointing, offload_frozen: see
+    `ShardingSettings`.
+    """
 
     rank: int
     world_size: int
     device: torch.device
     mesh: DeviceMesh
+    compute_dtype: torch.dtype | None = None
+    activation_checkpointing: bool = False
+    offload_frozen: bool = False
 
     @classmethod
-    def open(cls, shard_size: int | None = None) -> "Cluster":
+    def open(
+        cls, *, shard_size: str | int = "all", compute_dtype: str = "float32",
+        activation_checkpointing: bool = False, offload_frozen: bool = False,
+    ) -> "Cluster":  # fmt: skip
         """Join the process group that the launcher described in the environment, or a group of one."""
         cuda = torch.cuda.is_available()
         local = int(os.environ.get("LOCAL_RANK", 0))
@@ -48,13 +79,21 @@ class Cluster:
             else:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         world = dist.get_world_size()
-        shards = shard_size or world
+        shards = {"all": world, "machine": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}.get(shard_size, shard_size)
         if world % shards:
-            raise UserError(f"launch.processes={world} must be a multiple of sharding.shard_size={shards}")
+            raise UserError(f"{world} ranks must be a multiple of sharding.shard_size={shards}")
         shape, names = (
             ((world,), ("shard",)) if shards == world else ((world // shards, shards), ("replicate", "shard"))
         )
-        return cls(dist.get_rank(), world, device, init_device_mesh(device.type, shape, mesh_dim_names=names))
+        return cls(
+            rank=dist.get_rank(),
+            world_size=world,
+            device=device,
+            mesh=init_device_mesh(device.type, shape, mesh_dim_names=names),
+            compute_dtype=None if compute_dtype == "float32" else getattr(torch, compute_dtype),
+            activation_checkpointing=activation_checkpointing,
+            offload_frozen=offload_frozen,
+        )
 
     @property
     def is_main(self) -> bool:
@@ -65,58 +104,105 @@ class Cluster:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def place(self, load: Callable[[], nn.Module], *, trainable: bool) -> nn.Module:
+        """The model that `load` gives, sharded as by `shard`, without any rank holding all of it: rank 0 reads the
+        weights, which stay in their file until they are sent, one at a time; the others know no more than the shapes.
+        """
+        if self.world_size == 1:
+            return self.shard(load(), trainable=trainable)
+        source = load() if self.is_main else None
+        with torch.random.fork_rng(devices=[]), skeletons():
+            model = load()
+        model = self.shard(model, trainable=trainable)
+        home = torch.device("cpu") if self.offload_frozen and not trainable else self.device
+        model._apply(lambda held: torch.empty_like(held, device=home) if held.is_meta else held)
+        weights = source.state_dict() if source is not None else {}
+        with torch.no_grad():
+            for name, held in model.state_dict().items():
+                whole = torch.empty(held.shape, dtype=held.dtype, device=self.device)
+                if self.is_main:
+                    whole.copy_(weights[name])
+                if isinstance(held, DTensor):
+                    held.to_local().copy_(distribute_tensor(whole, held.device_mesh, held.placements).to_local())
+                else:
+                    dist.broadcast(whole, 0)
+                    held.copy_(whole)
+        return model
+
     def shard(self, model: nn.Module, *, trainable: bool) -> nn.Module:
         """Split `model` over the mesh in place: one unit a decoder layer (the classes that transformers says must not
         be split), and the root, which keeps embeddings and a tied head together. What is frozen in a trained model, all
-        but its adapter, stays so."""
-        model.to(self.device)
+        but its adapter, stays so. Trained weights stay as they are and compute in `compute_dtype`; the gradient is
+        reduced in float32. Weights that are never trained are held in `compute_dtype`."""
         if not trainable:
             model.requires_grad_(False)
+        dtype = self.compute_dtype
+        if dtype is not None and not trainable:
+            for parameter in model.parameters():  # not the buffers: tables of positions need their digits
+                parameter.data = parameter.data.to(dtype)
+        if trainable and self.activation_checkpointing:
+            checkpointed = getattr(model, "classifier", model)
+            checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+        options = {
+            "mesh": self.mesh,
+            "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32),
+            "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+            if self.offload_frozen and not trainable
+            else OffloadPolicy(),
+        }
         units = set(getattr(model, "_no_split_modules", None) or ())
         for module in list(model.modules()):
             if type(module).__name__ in units:
-                fully_shard(module, mesh=self.mesh)
+                fully_shard(module, **options)
         # The root of a trained model stays whole until its backward; a frozen one has none that would release it.
-        fully_shard(model, mesh=self.mesh, reshard_after_forward=not trainable)
+        fully_shard(model, reshard_after_forward=not trainable, **options)
         for module in _fsdp_modules(model):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # without it the factor of 1 is refused by gloo
         return model.train(trainable)
 
     @contextmanager
-    def whole(self, model: nn.Module) -> Iterator[nn.Module]:
-        """All weights of `model` on every rank, for sampling: inside, ranks may run different numbers of forwards."""
-        modules = list(_fsdp_modules(model))
-        for module in modules:
+    def sampling(self, model: nn.Module, *, unshard: bool) -> Iterator[nn.Module]:
+        """`model` ready to sample from. unshard: all of its weights are on every rank, and ranks may run different
+        numbers of forwards; else layers are gathered as they come, and ranks must keep step."""
+        modules, was = list(_fsdp_modules(model)), model.training
+        model.eval()  # activation checkpointing would forbid the key-value cache
+        for module in modules if unshard else ():
             module.unshard()
             module.set_reshard_after_forward(False, recurse=False)
         try:
             yield model
         finally:
-            for module in modules:
-                module.reshard()
-                module.set_reshard_after_forward(module is not modules[0] or not model.training, recurse=False)
+            for module in modules if unshard else ():
+                module.set_reshard_after_forward(module is not modules[0] or not was, recurse=False)
+            self.rest(model)
+            model.train(was)
 
-    def deal(self, count: int) -> tuple[Tensor, Tensor]:
-        """This rank's row numbers of 0 .. count - 1, and which of them are real: [share] int64, [share] bool.
+    def rest(self, model: nn.Module) -> None:
+        """Give back what forwards without a backward have left gathered (the root of a trained model)."""
+        for module in _fsdp_modules(model):
+            module.reshard()
 
-        Every rank holds equally many, as all must make the same number of calls to a sharded model: a short hand is
-        filled up with row 0, which is not real, and which `collect` drops.
-        """
-        rows = torch.arange(-(-count // self.world_size)) * self.world_size + self.rank
-        return torch.where(rows < count, rows, 0), rows < count
+    def deal(self, lengths: Tensor) -> Hand:
+        """Rows of these lengths (tokens, [n]) dealt over the ranks. Every rank holds equally many, as all must make the
+        same number of calls to a sharded model; `collect` drops what fills a short hand up."""
+        return Hand(*deal(lengths.cpu(), self.world_size), self.rank)
 
-    def collect(self, part: Tensor, count: int) -> Tensor:
-        """The inverse of `deal`: this rank's rows [share, ...] -> all rows [count, ...] in order, on every rank."""
-        if self.world_size == 1:
-            return part[:count]
-        parts = [torch.empty_like(part) for _ in range(self.world_size)]
-        dist.all_gather(parts, part.contiguous())
-        return torch.stack(parts, dim=1).flatten(0, 1)[:count]
+    def collect(self, part: Tensor, hand: Hand) -> Tensor:
+        """The inverse of `deal`: this rank's rows [share, ...] -> all rows [n, ...] in order, on every rank."""
+        rows, real = hand.all_rows[hand.all_real], hand.all_real.to(part.device)
+        parts = self.gather(part)[real]
+        whole = torch.empty_like(parts)
+        whole[rows.to(part.device)] = parts
+        return whole
 
     def gather(self, part: Tensor) -> Tensor:
-        """A small tensor of every rank, stacked: [...] -> [ranks, ...]."""
-        return self.collect(part[None], self.world_size)
+        """A tensor of every rank, stacked: [...] -> [ranks, ...]."""
+        if self.world_size == 1:
+            return part[None]
+        parts = [torch.empty_like(part) for _ in range(self.world_size)]
+        dist.all_gather(parts, part.contiguous())
+        return torch.stack(parts)
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over ranks, in place of the given tensor's copy."""
@@ -125,6 +211,18 @@ class Cluster:
     def max(self, value: Tensor) -> Tensor:
         """Maximum over ranks."""
         return self._reduce(value, dist.ReduceOp.MAX)
+
+    def any(self, value: bool) -> bool:
+        """Whether it holds on any rank."""
+        return bool(self.max(torch.tensor(int(value))))
+
+    def all(self, value: bool) -> bool:
+        """Whether it holds on every rank."""
+        return not self.any(not value)
+
+    def share(self, value: int) -> int:
+        """Rank 0's number, on every rank."""
+        return int(self.max(torch.tensor(value if self.is_main else -1)))
 
     def _reduce(self, value: Tensor, operation: dist.ReduceOp) -> Tensor:
         value = value.clone().to(self.device)
@@ -145,12 +243,14 @@ class Cluster:
             dist.barrier()
 
     def full_state(self, model: nn.Module) -> dict[str, Tensor] | None:
-        """Whole weights on the CPU of rank 0, None elsewhere; one parameter at a time is gathered."""
-        state = {}
+        """Whole weights on the CPU of rank 0, None elsewhere; one is gathered at a time, tied ones once."""
+        state: dict[str, Tensor] = {}
+        parameters, gathered = dict(model.named_parameters(remove_duplicate=False)), {}
         for name, value in model.state_dict().items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            owner = gathered.setdefault(id(parameters.get(name, value)), name)
+            whole = value.full_tensor() if isinstance(value, DTensor) and owner == name else value
             if self.is_main:
-                state[name] = whole.detach().cpu().clone()
+                state[name] = whole.detach().cpu().clone() if owner == name else state[owner]
         return state if self.is_main else None
 
 

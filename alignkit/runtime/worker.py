@@ -16,7 +16,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-from alignkit.errors import TrainingError, UserError
+from alignkit.errors import Interrupted, TrainingError, UserError
 from alignkit.runtime.artifact import write_json
 from alignkit.runtime.config import load
 from alignkit.runtime.group import die_with_parent
@@ -57,21 +57,34 @@ def run_job(job_file: Path) -> None:
     )
     _quiet_libraries()
     from alignkit.observe.tracking import Tracker
+    from alignkit.runtime.checkpoint import Checkpoints
     from alignkit.runtime.sharding import Cluster
 
     stage = importlib.import_module(f"alignkit.stages.{job.stage}")
-    cluster = Cluster.open(config.sharding.shard_size)
+    sharding = config.sharding
+    cluster = Cluster.open(
+        shard_size=sharding.shard_size,
+        compute_dtype=config.compute_dtype,
+        activation_checkpointing=sharding.activation_checkpointing,
+        offload_frozen=sharding.offload_frozen,
+    )
     if cluster.is_main and cluster.device.type == "cpu":
         warn_of_slow_threads()
     tracker = Tracker(job.out, job.stage, cluster.is_main, _open_sink(spec, config, cluster.is_main))
+    identity = {"stage": job.stage, "digest": spec["digest"], "settings": spec["config"]}
+    checkpoints = Checkpoints(job.out, cluster, tracker, config.checkpoint, identity)
     code = 1
     try:
-        metrics = stage.run(job, cluster, tracker)
+        metrics = stage.run(job, cluster, tracker, checkpoints)
         if cluster.is_main:
             tracker.summarise(metrics)
             write_json(job.out / "result.json", metrics)
         cluster.barrier()
         code = 0
+    except Interrupted as end:
+        if cluster.is_main:
+            write_json(job.out / "logs" / "interrupted.json", {"step": end.step})
+        cluster.barrier()
     finally:
         tracker.close(exit_code=code)
     cluster.close()

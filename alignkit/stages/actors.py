@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ from alignkit.models.scalar import ScalarModel, score_sequences
 from alignkit.models.settings import refuse_in_ppo, refuse_stacking
 from alignkit.reward.model import RewardModel
 from alignkit.reward.source import RewardSource
+from alignkit.stages.optimizer import adamw
 from alignkit.stages.settings import PPOSettings
 from alignkit.stages.state import AveragedWeights, PPOState
 
@@ -64,6 +65,35 @@ class Actors:
             for group in optimizer.param_groups if optimizer else ():
                 group["lr"] = peak * share
 
+    def tensors(self) -> dict[str, dict]:
+        """All trained weights, Adam's moments and the average, sharded as they are, by name. Moments that an optimizer
+        makes in its first step are there (as zeros) if the state says that it has stepped."""
+        saved = {}
+        trained = (
+            ("policy", self.policy, self.policy_optimizer, self.state.policy_steps),
+            ("value", self.value_model, self.value_optimizer, self.state.value_steps),
+        )
+        for name, model, optimizer, steps in trained:
+            if model is None:
+                continue
+            self.cluster.rest(model)
+            saved[name] = {key: p.detach() for key, p in model.named_parameters() if p.requires_grad}
+            if steps:
+                parameters = optimizer.param_groups[0]["params"]
+                saved[f"{name}_adam"] = {key: moments(optimizer, p) for key, p in zip(saved[name], parameters)}
+        if self.ema is not None:
+            saved["policy_average"] = self.ema.average
+        return saved
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Adam's state of one weight, made as its first step would if it is not there."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.tensor(0.0)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    return state
+
 
 def load_actors(job: Job, cluster: Cluster) -> Actors:
     """Load and shard the models: reference = policy; the value model starts as the reward model, in its units. With an
@@ -71,19 +101,12 @@ def load_actors(job: Job, cluster: Cluster) -> Actors:
     model without its own."""
     config = job.config
     folder, settings, peft = model_folder(job.inputs["policy"]), config.ppo, config.peft
+    offload = config.sharding.offload_optimizer
     refuse_in_ppo(peft)
     refuse_stacking(peft, folder)
     encoder, adapted = load_encoder(folder), peft.method != "none"
-    policy = load_policy(folder)
-    lengths = f"ppo.max_prompt={settings.max_prompt} and rollout.max_response={config.rollout.max_response}"
-    require_context(policy, settings.max_prompt + config.rollout.max_response, lengths)
-    if config.ptx.coef:
-        require_context(policy, config.ptx.max_length, f"ptx.max_length={config.ptx.max_length}")
-    if adapted:
-        add_adapter(policy, peft, "CAUSAL_LM")
-        disable_dropout(policy)
-    policy = cluster.shard(policy, trainable=True)
-    reference = WithoutAdapter(policy) if adapted else cluster.shard(load_policy(folder), trainable=False)
+    policy = cluster.place(lambda: start_of(folder, config), trainable=True)
+    reference = WithoutAdapter(policy) if adapted else cluster.place(lambda: load_policy(folder), trainable=False)
     shares = adapted and config.advantage.uses_values and isinstance(config.reward, RewardModel)
     reward = config.reward.open(job.inputs["reward"], encoder, cluster, *([peft] if shares else []))
     value_model = first_value(reward, folder, config, cluster) if config.advantage.uses_values else None
@@ -95,8 +118,8 @@ def load_actors(job: Job, cluster: Cluster) -> Actors:
         reference=reference,
         value_model=value_model,
         reward=reward,
-        policy_optimizer=adam(policy, settings.learning_rate, settings),
-        value_optimizer=adam(value_model, settings.value_learning_rate, settings) if value_model else None,
+        policy_optimizer=adam(policy, settings.learning_rate, settings, offload),
+        value_optimizer=adam(value_model, settings.value_learning_rate, settings, offload) if value_model else None,
         state=PPOState(kl_coef=config.kl.coef),
         ema=None if settings.ema is None else AveragedWeights(policy, settings.ema),
     )
@@ -106,12 +129,16 @@ def first_value(reward: RewardSource, folder: Path, config: RunConfig, cluster: 
     """The value model before training, sharded: the reward model if there is one, else the policy with a fresh head."""
     if hasattr(reward, "initial_value"):
         return reward.initial_value()
-    value_model = ScalarModel(scorer_from_policy(folder, config.seed))
-    if config.peft.method != "none":
-        add_adapter(value_model.classifier, config.peft, "SEQ_CLS")
-        value_model.head.requires_grad_(True)
-    disable_dropout(value_model.classifier)
-    return cluster.shard(value_model, trainable=True)
+
+    def fresh() -> ScalarModel:
+        value_model = ScalarModel(scorer_from_policy(folder, config.seed))
+        if config.peft.method != "none":
+            add_adapter(value_model.classifier, config.peft, "SEQ_CLS")
+            value_model.head.requires_grad_(True)
+        disable_dropout(value_model.classifier)
+        return value_model
+
+    return cluster.place(fresh, trainable=True)
 
 
 @dataclass(frozen=True)
@@ -123,6 +150,20 @@ class WithoutAdapter:
     def __call__(self, **inputs):
         with adapters_off(self.model):
             return self.model(**inputs)
+
+
+def start_of(folder: Path, config: RunConfig) -> nn.Module:
+    """The policy before training, with its adapter if there is to be one. Raises UserError if a sequence is longer than
+    it can be."""
+    policy, longest = load_policy(folder), config.ppo.max_prompt + config.rollout.max_response
+    lengths = f"ppo.max_prompt={config.ppo.max_prompt} and rollout.max_response={config.rollout.max_response}"
+    require_context(policy, longest, lengths)
+    if config.ptx.coef:
+        require_context(policy, config.ptx.max_length, f"ptx.max_length={config.ptx.max_length}")
+    if config.peft.method != "none":
+        add_adapter(policy, config.peft, "CAUSAL_LM")
+        disable_dropout(policy)
+    return policy
 
 
 def load_policy(folder: Path) -> nn.Module:
@@ -140,21 +181,24 @@ def sampling_rule(config: RunConfig, encoder: Encoder) -> SamplingRule:
 def sample(
     model: nn.Module, prompts: list[list[int]], first_episode: int, config: RunConfig, rule: SamplingRule,
     cluster: Cluster, pad_id: int, iteration: int = 0,
-) -> tuple[Rollout, Tensor]:  # fmt: skip
-    """This rank's share of one response to each prompt (ids), and the row numbers it has; `cluster.collect` joins them.
+) -> Rollout:  # fmt: skip
+    """One response to each prompt (ids), sampled on the rank that the prompt was dealt to, then joined on every rank.
 
     The noise of a row is a function of seed, iteration and episode number, not of the rank.
     """
-    rows, _ = cluster.deal(len(prompts))
     tokens, mask = pad_left(prompts, pad_id)  # padded over all ranks, so that shares can be joined
+    hand = cluster.deal(mask.sum(dim=1))
+    rows = hand.rows
     batch = PromptBatch(
         tokens=tokens[rows].to(cluster.device),
         mask=mask[rows].to(cluster.device),
         index=(rows + first_episode).to(cluster.device),
     )
     noise = uniform_noise(config.seed, iteration, batch.index, config.rollout.max_response)
-    with cluster.whole(model):
-        return config.rollout.generate(model, batch, rule, noise), rows
+    unshard = config.rollout.unshard
+    with cluster.sampling(model, unshard=unshard):
+        part = config.rollout.generate(model, batch, rule, noise, go_on=bool if unshard else cluster.any)
+    return Rollout(*(cluster.collect(getattr(part, field.name), hand) for field in fields(Rollout)))
 
 
 def logprobs_of(model: nn.Module, rollout: Rollout, rule: SamplingRule, microbatch: int) -> tuple[Tensor, Tensor]:
@@ -192,24 +236,20 @@ def _by_response_token(rollout: Rollout, microbatch: int, forward) -> list[Tenso
 
 
 def score_all(scorer: ScalarModel, rows: list[list[int]], pad_id: int, batch: int, cluster: Cluster) -> Tensor:
-    """Scores of all rows of ids, [n] float32 on the CPU, the work dealt over the ranks in order of length."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    mine, _ = cluster.deal(len(rows))
+    """Scores of all rows of ids, [n] float32 on the CPU, the work dealt over the ranks."""
+    hand = cluster.deal(torch.tensor([len(row) for row in rows]))
     parts = []
     with torch.no_grad():
-        for part in mine.split(batch):
-            tokens, mask = pad_right([rows[order[i]] for i in part.tolist()], pad_id)
+        for part in hand.rows.split(batch):
+            tokens, mask = pad_right([rows[i] for i in part.tolist()], pad_id)
             parts.append(score_sequences(scorer, tokens.to(cluster.device), mask.to(cluster.device)).float())
-    collected = cluster.collect(torch.cat(parts), len(rows)).cpu()
-    scores = torch.empty(len(rows))
-    scores[torch.tensor(order)] = collected
-    return scores
+    return cluster.collect(torch.cat(parts), hand).cpu()
 
 
-def adam(model: nn.Module, learning_rate: float, settings: PPOSettings) -> torch.optim.Optimizer:
-    """AdamW over what is trained."""
+def adam(model: nn.Module, learning_rate: float, settings: PPOSettings, offload: bool = False) -> torch.optim.Optimizer:
+    """AdamW over what is trained; offload: its moments stay in the CPU's memory."""
     trained = [p for p in model.parameters() if p.requires_grad]
     betas = (settings.adam_beta1, settings.adam_beta2)
-    return torch.optim.AdamW(
-        trained, lr=learning_rate, betas=betas, eps=settings.adam_eps, weight_decay=settings.weight_decay
+    return adamw(
+        trained, learning_rate, offload=offload, betas=betas, eps=settings.adam_eps, weight_decay=settings.weight_decay
     )

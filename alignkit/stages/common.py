@@ -1,27 +1,24 @@
-"""What stages share: the data, TRL's arguments, one example shown, saving, demonstrations as ids and their loss."""
+"""What stages share: the data, one example shown, saving, demonstrations as ids and their loss."""
 
 from __future__ import annotations
 
-import math
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
 from alignkit.algo.batching import pad_right
 from alignkit.algo.losses import negative_log_likelihood
 from alignkit.algo.sequence import token_logprobs
 from alignkit.data.corpus import Corpus, Demonstration
 from alignkit.data.tokens import Encoder
-from alignkit.errors import TrainingError, UserError
 from alignkit.models.adapters import merge, save_adapter
 from alignkit.models.loading import load_causal, load_scorer, require_context
 from alignkit.models.settings import adapter_facts
-from alignkit.observe.progress import Progress
 
 if TYPE_CHECKING:
     from alignkit.runtime.sharding import Cluster
@@ -38,77 +35,11 @@ def prepare(job: Job, is_main: bool) -> Corpus:
     return corpus
 
 
-def trainer_arguments(job: Job, settings: Any, world_size: int, num_rows: int) -> dict[str, Any]:
-    """What both TRL configs are given: the global batch cut for each rank, float32, our own tracking."""
-    if num_rows < settings.batch:
-        raise UserError(
-            f"{job.stage}.batch={settings.batch} is more than the {num_rows} training rows there are: "
-            f"lower {job.stage}.batch or give more data"
-        )
-    share = settings.batch // world_size
-    micro = max(size for size in range(1, min(settings.microbatch, share) + 1) if share % size == 0)
-    cuda = torch.cuda.is_available()
-    return {
-        "output_dir": str(job.out / "state"),
-        "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": settings.microbatch,
-        "gradient_accumulation_steps": share // micro,
-        "num_train_epochs": settings.epochs,
-        "learning_rate": settings.learning_rate,
-        "warmup_steps": settings.warmup,
-        "lr_scheduler_type": "cosine",
-        "max_length": None,
-        "dataloader_drop_last": True,  # each optimizer step has `batch` rows, on any number of ranks
-        "logging_steps": 10,
-        "logging_first_step": True,
-        "logging_nan_inf_filter": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "bf16": False,
-        "use_cpu": not cuda,
-        "dataloader_pin_memory": cuda,
-        "gradient_checkpointing": False,
-        "ddp_find_unused_parameters": False,
-        "seed": job.config.seed,
-        "dataset_num_proc": None,
-        **settings.trainer,
-    }
-
-
 def require_room(model, job: Job, max_length: int) -> None:
     """Raise UserError if the model has fewer positions than a sequence and the learnt tokens before it take."""
     learnt = job.config.peft.virtual_tokens
     names = f"{job.stage}.max_length={max_length}" + f" and {learnt} learnt tokens" * bool(learnt)
     require_context(model, max_length + learnt, names)
-
-
-def trl_config(factory: Callable, arguments: dict[str, Any], stage: str) -> Any:
-    """A TRL config; an argument that TRL does not know is the user's mistake in `<stage>.trainer`."""
-    try:
-        return factory(**arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{stage}.trainer: {factory.__name__} says: {error}") from error
-
-
-class ProgressCallback(TrainerCallback):
-    """Shows a trainer's steps, loss and time left."""
-
-    def __init__(self, stage: str) -> None:
-        self.stage, self.progress, self.note = stage, None, ""
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.progress = Progress(self.stage, state.max_steps, state.is_world_process_zero)
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        shown = {key: value for key, value in (logs or {}).items() if key in ("loss", "accuracy")}
-        if "loss" in shown and not math.isfinite(float(shown["loss"])):
-            rate = f"{self.stage}.learning_rate={args.learning_rate}"
-            raise TrainingError(f"the loss is {shown['loss']} at step {state.global_step}: lower {rate}")
-        self.note = "  ".join(f"{key} {float(value):.3f}" for key, value in shown.items()) or self.note
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.progress.update(state.global_step, self.note)
 
 
 def show_example(title: str, encoder: Encoder, prompt: Sequence[int], response: Sequence[int]) -> None:
@@ -173,8 +104,8 @@ def encode_demonstrations(
 def heldout_loss(model, rows: list[dict], pad_id: int, batch: int, cluster: Cluster) -> float:
     """Negative log-likelihood per learnt token over all rows, nats: one sum over one count, whatever the batches."""
     total = torch.zeros(2, dtype=torch.float64)
-    mine, real = cluster.deal(len(rows))
-    for part, here in zip(mine.split(batch), real.split(batch)):
+    hand = cluster.deal(torch.tensor([len(row["input_ids"]) for row in rows]))
+    for part, here in zip(hand.rows.split(batch), hand.real.split(batch)):
         tokens, mask = (x.to(cluster.device) for x in pad_right([rows[i]["input_ids"] for i in part], pad_id))
         labels, _ = pad_right([rows[i]["labels"] for i in part], -100)
         learnt = (labels != -100).to(cluster.device) & here.to(cluster.device)[:, None]

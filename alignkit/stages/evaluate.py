@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -23,30 +24,32 @@ from alignkit.stages.common import encode_demonstrations, heldout_loss, prepare,
 
 if TYPE_CHECKING:
     from alignkit.observe.tracking import Tracker
+    from alignkit.runtime.checkpoint import Checkpoints
     from alignkit.runtime.sharding import Cluster
     from alignkit.stages.job import Job
 
 
 @dataclass(frozen=True)
 class Responses:
-    """One model's responses to the held-out prompts: texts, ids, and KL(policy || baseline) in nats where asked for;
-    `part`: this rank's share of them, the rows that `numbers` names."""
+    """One model's responses to the held-out prompts: texts, ids, and KL(policy || baseline) in nats where asked for."""
 
-    part: Rollout
-    numbers: list[int]
+    rollout: Rollout
     texts: list[str]
     ids: list[list[int]]
     finished: list[bool]
     kl: Tensor | None
 
 
-def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
+def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) -> dict[str, float]:
     """Sample from both models with the same noise and judge both. Returns the win rate with its interval."""
     corpus, settings = prepare(job, cluster.is_main), job.config.evaluate
+    checkpoints.newest()  # there is none, as this is short; but rows of an earlier attempt go
     encoder = load_encoder(model_folder(job.inputs["policy"]))
     prompts = heldout_prompts(corpus, encoder, job, cluster)
-    models = {name: load_policy(model_folder(job.inputs[name])) for name in ("policy", "baseline")}
-    models = {name: cluster.shard(model, trainable=False) for name, model in models.items()}
+    folders = {name: model_folder(job.inputs[name]) for name in ("policy", "baseline")}
+    models = {
+        name: cluster.place(functools.partial(load_policy, folder), trainable=False) for name, folder in folders.items()
+    }
     tuned = respond(models["policy"], models["baseline"], prompts, encoder, job, cluster)
     before = respond(models["baseline"], None, prompts, encoder, job, cluster)
     name, judge = open_judge(corpus, job, encoder, cluster)
@@ -118,17 +121,16 @@ def respond(model, other, prompts, encoder: Encoder, job: Job, cluster: Cluster)
     """One response to each prompt, the same noise for every model; with `other`, KL(model || other) along them."""
     config, rule = job.config, sampling_rule(job.config, encoder)
     ids = [ids for _, ids in prompts]
-    part, numbers = sample(model, ids, 0, config, rule, cluster, encoder.tokenizer.pad_token_id, iteration=-1)
+    whole = sample(model, ids, 0, config, rule, cluster, encoder.tokenizer.pad_token_id, iteration=-1)
     kl = None
     if other is not None:
+        hand = cluster.deal(whole.mask.sum(dim=1))
+        part = whole.take(hand.rows.to(whole.tokens.device))
         ours, _ = logprobs_of(model, part, rule, config.ppo.microbatch)
         reference, _ = logprobs_of(other, part, rule, config.ppo.microbatch)
-        kl = cluster.collect((ours - reference).sum(dim=1), len(prompts))
-    whole = Rollout(
-        *(cluster.collect(x, len(prompts)) for x in (part.tokens, part.mask, part.response_mask, part.finished))
-    )
+        kl = cluster.collect((ours - reference).sum(dim=1), hand)
     rows = [row[mask].tolist() for row, mask in zip(whole.response, whole.response_mask)]
-    return Responses(part, numbers.tolist(), [encoder.text(row) for row in rows], rows, whole.finished.tolist(), kl)
+    return Responses(whole, [encoder.text(row) for row in rows], rows, whole.finished.tolist(), kl)
 
 
 def open_judge(corpus: Corpus, job: Job, encoder: Encoder, cluster: Cluster):
@@ -152,9 +154,12 @@ def open_judge(corpus: Corpus, job: Job, encoder: Encoder, cluster: Cluster):
     source = job.config.reward.open(job.inputs["reward"], encoder, cluster)
 
     def by_reward(prompts: list[Prompt], r: Responses) -> Tensor:
-        answers = Answers(r.part, [prompts[i] for i in r.numbers], [r.texts[i] for i in r.numbers])
+        hand = cluster.deal(r.rollout.mask.sum(dim=1))
+        mine = hand.rows.tolist()
+        part = r.rollout.take(hand.rows.to(r.rollout.tokens.device))
         with torch.no_grad():
+            answers = Answers(part, [prompts[i] for i in mine], [r.texts[i] for i in mine])
             scores = source.score(answers, job.config.ppo.microbatch)
-        return cluster.collect(scores, len(prompts)).double().cpu()
+        return cluster.collect(scores, hand).double().cpu()
 
     return wanted, by_reward

@@ -7,7 +7,7 @@ the minibatches are the same whatever the number of ranks; only the models and t
 from __future__ import annotations
 
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,9 +20,9 @@ from alignkit.algo.masked import whiten
 from alignkit.algo.shaping import reward_slots, shape_reward
 from alignkit.algo.types import Minibatch, Rollout, ScoredRollout, ShapedReward
 from alignkit.data.corpus import Prompt
-from alignkit.errors import TrainingError, UserError
+from alignkit.errors import Interrupted, TrainingError, UserError
 from alignkit.models.adapters import add_adapter
-from alignkit.models.loading import load_causal, model_folder
+from alignkit.models.loading import load_causal, model_folder, skeletons
 from alignkit.observe.metrics import reduce
 from alignkit.observe.progress import Progress
 from alignkit.reward.source import Answers
@@ -41,18 +41,21 @@ from alignkit.stages.ppo_report import (
 )
 from alignkit.stages.ppo_update import train_on
 from alignkit.stages.ptx import PtxBatches
+from alignkit.stages.state import PPOState
 
 if TYPE_CHECKING:
     from alignkit.observe.tracking import Tracker
+    from alignkit.runtime.checkpoint import Checkpoints
     from alignkit.runtime.sharding import Cluster
     from alignkit.stages.job import Job
 
 
-def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
+def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) -> dict[str, float]:
     """Train the policy, save `model/`. Returns means over the last fifth of the iterations."""
     corpus, config = prepare(job, cluster.is_main), job.config
     settings, began, told = config.ppo, time.monotonic(), False
     actors = load_actors(job, cluster)
+    began -= restore(actors, checkpoints)
     each, asked = settings.samples_per_prompt, settings.batch // settings.samples_per_prompt
     prompts = encode_prompts(corpus.train.prompts, actors, settings.max_prompt, asked)
     ptx = PtxBatches.open(corpus.train.demonstrations, actors.encoder, config.ptx, config.seed)
@@ -60,26 +63,52 @@ def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
         tell_before(config, len(prompts))
         tell_weights(actors)
         show_example("ppo prompt", actors.encoder, prompts[0][1], [])
-    progress = Progress("ppo", settings.iterations, cluster.is_main)
-    history: list[dict[str, float]] = []
+    progress = Progress("ppo", settings.iterations, cluster.is_main, done=actors.state.iteration)
     while actors.state.iteration < settings.iterations:
         chosen = prompt_indices(actors.state.iteration * asked, asked, len(prompts), config.seed)
         batch = [prompts[i] for i in chosen.tolist() for _ in range(each)]
         values, rows = ppo_iteration(actors, batch, ptx, job, corpus.gold)
         done = actors.state.iteration
         values["prompt_passes"] = done * asked / len(prompts)
-        history.append(values)
         tracker.log(values, step=done * settings.batch)
         if (done - 1) % settings.samples_every == 0 or done == settings.iterations:
             tracker.samples(rows[:8], step=done * settings.batch)
         progress.update(done, f"score {values['score_mean']:.2f}  KL {values['kl']:.2f}")
         told = told or (cluster.is_main and tell_value_clip(values, settings))
+        if done < settings.iterations:
+            save_if_asked(actors, checkpoints, config.checkpoint.every_iterations, time.monotonic() - began)
+    checkpoints.finish()
     if actors.ema is not None:
         actors.ema.swap(actors.policy)
     state = cluster.full_state(actors.policy)
     if cluster.is_main:
         save_policy(actors, state, job)
-    return summary_of(history, config, seconds=time.monotonic() - began)
+    return summary_of(tracker.history(), config, seconds=time.monotonic() - began) if cluster.is_main else {}
+
+
+def restore(actors: Actors, checkpoints: Checkpoints) -> float:
+    """Go back to the newest checkpoint, if there is one. Returns the seconds of training that it holds."""
+    found = checkpoints.newest()
+    if found is None:
+        return 0.0
+    place, facts = found
+    actors.state = PPOState.from_state_dict(facts["ppo"])
+    checkpoints.load(place, actors.tensors())
+    if actors.cluster.is_main:
+        print(f"ppo: going on from iteration {actors.state.iteration}")
+    return facts["seconds"]
+
+
+def save_if_asked(actors: Actors, checkpoints: Checkpoints, every: int | None, seconds: float) -> None:
+    """A checkpoint after the iteration that has just ended, where one is due or the run is to end. Raises Interrupted
+    in the latter case."""
+    done = actors.state.iteration
+    asked = checkpoints.ask(done, every=every)
+    if asked != "go on":
+        checkpoints.save(done, actors.tensors(), {"ppo": actors.state.state_dict(), "seconds": seconds})
+    if asked == "stop":
+        checkpoints.finish()
+        raise Interrupted(done)
 
 
 def ppo_iteration(
@@ -90,12 +119,12 @@ def ppo_iteration(
     config, cluster, state, timers = job.config, actors.cluster, actors.state, Timers()
     actors.set_learning_rates(config.ppo)
     with timers("rollout"):
-        part, rows = sample(
+        rollout = sample(
             actors.policy, [ids for _, ids in prompts], state.iteration * config.ppo.batch, config, actors.rule,
             cluster, actors.encoder.tokenizer.pad_token_id, state.iteration,
         )  # fmt: skip
     with timers("scoring"):
-        rollout, scored, entropy = score(actors, part, [prompts[i][0] for i in rows.tolist()], len(prompts), config)
+        rollout, scored, entropy = score(actors, rollout, [prompt for prompt, _ in prompts], config)
     raw, paid = shape(actors, rollout, scored, config)
     shaped = raw
     if config.shaping.whiten:
@@ -137,31 +166,32 @@ def ppo_iteration(
     return values, samples
 
 
-def score(
-    actors: Actors, part: Rollout, prompts: list[Prompt], count: int, config
-) -> tuple[Rollout, ScoredRollout, Tensor]:
-    """Log-probabilities (and entropy), values and scores of this rank's rows; then all rows of all ranks, in order."""
-    microbatch = config.ppo.microbatch
+def score(actors: Actors, rollout: Rollout, prompts: list[Prompt], config) -> tuple[Rollout, ScoredRollout, Tensor]:
+    """The rollout as wide as its longest response, its log-probabilities, values and scores, and the policy's entropy:
+    each rank computes the rows that it is dealt by their lengths, then they are joined."""
+    cluster, microbatch = actors.cluster, config.ppo.microbatch
+    slots = reward_slots(rollout.response_mask, config.shaping.score_position)
+    longest = int(slots.sum(dim=1).max())
+    kept = slice(0, rollout.prompt_width + longest)
+    rollout = Rollout(
+        rollout.tokens[:, kept], rollout.mask[:, kept], rollout.response_mask[:, :longest], rollout.finished
+    )
+    hand = cluster.deal(rollout.mask.sum(dim=1))
+    mine = hand.rows.to(rollout.tokens.device)
+    part = rollout.take(mine)
     texts = [actors.encoder.text(row[mask].tolist()) for row, mask in zip(part.response, part.response_mask)]
     logprobs, entropy = logprobs_of(actors.policy, part, actors.rule, microbatch)
     ref_logprobs, _ = logprobs_of(actors.reference, part, actors.rule, microbatch)
-    slots = reward_slots(part.response_mask, config.shaping.score_position)
     values = torch.zeros_like(logprobs)
     if actors.value_model is not None:
-        values = values_of(actors.value_model, replace(part, response_mask=slots), microbatch)
+        values = values_of(actors.value_model, replace(part, response_mask=slots[mine, :longest]), microbatch)
     with torch.no_grad():
-        scores = actors.reward.score(Answers(part, prompts, texts), microbatch)
-
-    def join(tensor: Tensor) -> Tensor:
-        return actors.cluster.collect(tensor, count)
-
-    whole = Rollout(**{field.name: join(getattr(part, field.name)) for field in fields(Rollout)})
-    longest = int(join(slots).sum(dim=1).max())
-    drop = whole.response_mask.shape[1] - longest
-    keep = slice(0, whole.tokens.shape[1] - drop)
-    whole = Rollout(whole.tokens[:, keep], whole.mask[:, keep], whole.response_mask[:, :longest], whole.finished)
-    joined = [join(tensor)[:, :longest] for tensor in (logprobs, ref_logprobs, values)]
-    return whole, ScoredRollout(*joined, join(scores)), join(entropy)[:, :longest]
+        scores = actors.reward.score(Answers(part, [prompts[i] for i in hand.rows.tolist()], texts), microbatch)
+    for model in (actors.policy, actors.value_model):
+        if model is not None:
+            cluster.rest(model)
+    joined = [cluster.collect(x, hand) for x in (logprobs, ref_logprobs, values, scores, entropy)]
+    return rollout, ScoredRollout(*joined[:4]), joined[4]
 
 
 def shape(actors: Actors, rollout: Rollout, scored: ScoredRollout, config) -> tuple[ShapedReward, Tensor]:
@@ -193,10 +223,12 @@ def encode_prompts(prompts: list[Prompt], actors: Actors, longest: int, batch: i
 
 
 def save_policy(actors: Actors, state: dict[str, Tensor], job: Job) -> None:
-    """The trained policy in the format that it came in, or its adapter."""
+    """The trained policy in the format that it came in, or its adapter; `state` is not copied."""
     base = model_folder(job.inputs["policy"])
-    model = load_causal(base)
-    if job.config.peft.method != "none":
-        add_adapter(model, job.config.peft, "CAUSAL_LM")
-    model.load_state_dict(state)
+    with skeletons():
+        model = load_causal(base)
+        if job.config.peft.method != "none":
+            add_adapter(model, job.config.peft, "CAUSAL_LM")
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
     save_trained(model, actors.encoder, job, base)

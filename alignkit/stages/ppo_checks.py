@@ -34,10 +34,15 @@ def check_rollout(
         return
     check_masks(rollout, actors.rule)
     if actors.state.policy_steps == 0:
-        check_reference(scored, rollout.response_mask, next(actors.policy.parameters()).dtype)
+        check_reference(scored, rollout.response_mask, computing_dtype(actors))
     kl = config.kl
     penalty = kl_estimate(scored.logprobs, scored.ref_logprobs, rollout.response_mask, estimator=kl.estimator)
     check_score_position(shaped, paid, penalty, actors.state.kl_coef if kl.place == "reward" else 0.0)
+
+
+def computing_dtype(actors: Actors) -> torch.dtype:
+    """The dtype of the policy's forward pass, which decides how much rounding there is."""
+    return actors.cluster.compute_dtype or next(actors.policy.parameters()).dtype
 
 
 def check_ratio(mean: float, largest: float, dtype: torch.dtype) -> None:

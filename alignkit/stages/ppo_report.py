@@ -26,23 +26,29 @@ if TYPE_CHECKING:
 
 
 class Timers:
-    """Seconds of an iteration by phase."""
+    """Seconds of an iteration by phase; on a GPU also the peak of the memory that torch has allocated, in GiB."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        began = time.perf_counter()
+        began, cuda = time.perf_counter(), torch.cuda.is_available()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         yield
-        if torch.cuda.is_available():
+        if cuda:
             torch.cuda.synchronize()
+            self.peaks[phase] = max(self.peaks.get(phase, 0.0), torch.cuda.max_memory_allocated() / 2**30)
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
 
     def values(self, tokens: int) -> dict[str, float]:
-        """seconds/<phase>, seconds/iteration, and prompt plus response tokens per second of the iteration."""
+        """seconds/<phase>, seconds/iteration, prompt plus response tokens per second of the iteration; on a GPU
+        peak_memory_gib/<phase> of this rank."""
         total = sum(self.seconds.values())
         named = {f"seconds/{phase}": seconds for phase, seconds in self.seconds.items()}
+        named |= {f"peak_memory_gib/{phase}": peak for phase, peak in self.peaks.items()}
         return {**named, "seconds/iteration": total, "tokens_per_second": tokens / total}
 
 

@@ -17,7 +17,7 @@ from alignkit.algo.types import Minibatch
 from alignkit.errors import TrainingError
 from alignkit.models.policy import response_logprobs
 from alignkit.observe.metrics import Max, Mean, Metrics, reduce
-from alignkit.stages.ppo_checks import check_ratio
+from alignkit.stages.ppo_checks import check_ratio, computing_dtype
 from alignkit.stages.ptx import PtxBatches, ptx_backward
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def ppo_update(
     `microbatch`, nor padding, nor the order of rows, nor the number of ranks.
     """
     settings, cluster = config.ppo, actors.cluster
-    mine, real = cluster.deal(len(minibatch))
-    local = minibatch.rows(mine.to(minibatch.tokens.device)).only(real.to(minibatch.tokens.device))
+    hand, device = cluster.deal(minibatch.mask.sum(dim=1)), minibatch.tokens.device
+    local = minibatch.rows(hand.rows.to(device)).only(hand.real.to(device))
     micros = [local.rows(rows) for rows in length_order(local.mask).split(settings.microbatch)]
 
     if train_policy:  # the policy first, then the value model: their activations never live together
@@ -110,7 +110,7 @@ def policy_backward(
     ratio = reduce(here, actors.cluster.sum, actors.cluster.max).values()
     if first and settings.self_checks:
         metrics.add("ratio_error", Max(torch.tensor(ratio["largest"])))
-        check_ratio(ratio["mean"], ratio["largest"], next(actors.policy.parameters()).dtype)
+        check_ratio(ratio["mean"], ratio["largest"], computing_dtype(actors))
     return ratio["approx_kl"]
 
 

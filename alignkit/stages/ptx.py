@@ -64,8 +64,8 @@ def ptx_backward(actors: Actors, batches: PtxBatches, settings: PtxSettings, mic
     rows, cluster = batches.take(actors.state.ptx_rows), actors.cluster
     actors.state.ptx_rows += len(rows)
     tokens = sum(len(ids) - start for ids, start in rows)
-    mine, real = cluster.deal(len(rows))
-    for part, here in zip(mine.split(microbatch), real.split(microbatch)):
+    hand = cluster.deal(torch.tensor([len(ids) for ids, _ in rows]))
+    for part, here in zip(hand.rows.split(microbatch), hand.real.split(microbatch)):
         picked = [rows[i] for i in part.tolist()]
         ids, mask = (x.to(cluster.device) for x in pad_right([ids for ids, _ in picked], 0))
         starts = torch.tensor([start for _, start in picked])

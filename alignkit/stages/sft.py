@@ -6,93 +6,109 @@ import math
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
-from transformers import PrinterCallback
+from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from alignkit.data.corpus import Demonstration
+from alignkit.data.corpus import Demonstration, Split
 from alignkit.data.tokens import Encoder, training_texts
 from alignkit.errors import TrainingError, UserError
 from alignkit.models.adapters import attach, quantization, trainable
-from alignkit.models.loading import make_encoder, start_policy
+from alignkit.models.loading import load_causal, make_encoder, start_policy
 from alignkit.models.settings import refuse_stacking
 from alignkit.models.tokenizer import PLAIN_TEMPLATE
-from alignkit.observe.trainer_callback import make_callback
 from alignkit.stages.common import (
-    ProgressCallback,
     encode_demonstrations,
     heldout_loss,
     prepare,
     require_room,
     save_trained,
     show_example,
-    trainer_arguments,
-    trl_config,
 )
+from alignkit.stages.trainer import lay_out, make_room, offloaded, train, trainer_arguments, trl_config, whole_model
 
 if TYPE_CHECKING:
     from alignkit.observe.tracking import Tracker
+    from alignkit.runtime.checkpoint import Checkpoints
     from alignkit.runtime.sharding import Cluster
     from alignkit.stages.job import Job
 
 
-def run(job: Job, cluster: Cluster, tracker: Tracker) -> dict[str, float]:
-    """Train, evaluate on held-out demonstrations, save `model/`. Returns eval_loss (nats a token) and perplexity."""
-    corpus, settings, peft = prepare(job, cluster.is_main), job.config.sft, job.config.peft
+def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) -> dict[str, float]:
+    """Train, save `model/`, evaluate it on held-out demonstrations. Returns eval_loss (nats a token) and perplexity."""
+    corpus, settings = prepare(job, cluster.is_main), job.config.sft
     if not corpus.train.demonstrations or not corpus.heldout.demonstrations:
         raise UserError(
             "data: no demonstrations to fine-tune on; SFT needs prompt+response rows, texts or chosen responses"
         )
-
-    def texts():
-        split = corpus.train
-        responses = [row.response for row in split.demonstrations]
-        return training_texts(split.prompts, responses + [text for p in split.pairs for text in (p.chosen, p.rejected)])
-
-    refuse_stacking(peft, job.config.model.path)
-    model, tokenizer = start_policy(job.config.model, texts, quantization(peft))
-    encoder = make_encoder(tokenizer, model.generation_config)
-    require_room(model, job, settings.max_length)
-    model = attach(model, peft, "CAUSAL_LM")
-    train, counts = encode_demonstrations(corpus.train.demonstrations, encoder, settings.max_length)
+    refuse_stacking(job.config.peft, job.config.model.path)
+    start = Start(job, corpus.train)
+    model = lay_out(start.load, job.config.peft, cluster)
+    encoder = make_encoder(start.tokenizer, model.generation_config)
+    rows, counts = encode_demonstrations(corpus.train.demonstrations, encoder, settings.max_length)
     heldout, heldout_counts = encode_demonstrations(corpus.heldout.demonstrations, encoder, settings.max_length)
     if cluster.is_main:
-        tell(
-            model,
-            encoder,
-            corpus.train.demonstrations[0],
-            {"": counts, "held-out ": heldout_counts},
-            settings.max_length,
-        )
-        print(f"sft: {len(train)} demonstrations")
+        cut = {"": counts, "held-out ": heldout_counts}
+        tell(model, encoder, corpus.train.demonstrations[0], cut, settings.max_length)
+        print(f"sft: {len(rows)} demonstrations")
     if not heldout:
         raise UserError(f"sft.max_length={settings.max_length}: every held-out prompt is longer; raise it")
 
-    arguments = trainer_arguments(job, settings, cluster.world_size, len(train))
+    trainer = make_trainer(model, rows, encoder, job, cluster)
+    train(trainer, job, cluster, tracker, checkpoints)
+    whole = whole_model(trainer, start.load, cluster)
+    if cluster.is_main:
+        save_trained(whole, encoder, job, job.config.model.path, job.config.model.revision)
+    cluster.barrier()
+    steps, learnt = trainer.state.global_step, whole if job.config.peft.virtual_tokens else None
+    del trainer, model, whole
+    make_room()
+    model = learnt or cluster.place(lambda: load_causal(job.out / "model"), trainable=False)
+    loss = heldout_loss(model, heldout, encoder.tokenizer.pad_token_id, settings.microbatch, cluster)
+    if not math.isfinite(loss):
+        raise TrainingError(f"the held-out loss is {loss}: lower sft.learning_rate={settings.learning_rate}")
+    tracker.log({"eval_loss": loss}, step=steps)
+    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "train_rows": len(rows)}
+
+
+class Start:
+    """What SFT starts from. Tokenizers are learnt or read along with the model."""
+
+    def __init__(self, job: Job, split: Split) -> None:
+        self.job, self.split, self.tokenizer = job, split, None
+
+    def load(self) -> nn.Module:
+        """The model before training, with its adapter; the tokenizer is there from then on."""
+        config = self.job.config
+        model, self.tokenizer = start_policy(config.model, self._texts, quantization(config.peft))
+        require_room(model, self.job, config.sft.max_length)
+        return attach(model, config.peft, "CAUSAL_LM")
+
+    def _texts(self) -> list[str]:
+        chosen = [text for pair in self.split.pairs for text in (pair.chosen, pair.rejected)]
+        return training_texts(self.split.prompts, [row.response for row in self.split.demonstrations] + chosen)
+
+
+def make_trainer(model: nn.Module, rows: list[dict], encoder: Encoder, job: Job, cluster: Cluster) -> SFTTrainer:
+    """TRL's trainer on rows that are token ids already. Raises UserError if packing leaves too few of them."""
+    settings = job.config.sft
+    arguments = trainer_arguments(job, settings, cluster, len(rows))
     if arguments.get("packing"):
         arguments["max_length"] = settings.max_length  # of a packed row
     else:
-        arguments["dataset_kwargs"] = {"skip_prepare_dataset": True}  # the rows are token ids already
+        arguments["dataset_kwargs"] = {"skip_prepare_dataset": True}
+    config = trl_config(SFTConfig, arguments, "sft")
     trainer = SFTTrainer(
         model=model,
-        args=trl_config(SFTConfig, arguments, "sft"),
-        train_dataset=Dataset.from_list(train),
-        processing_class=tokenizer,
-        callbacks=[make_callback(tracker), ProgressCallback("sft")],
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=encoder.tokenizer,
+        optimizer_cls_and_kwargs=offloaded(config, job),
     )
     if len(trainer.train_dataset) < settings.batch:
         raise UserError(
             f"sft.batch={settings.batch} is more than the {len(trainer.train_dataset)} packed rows: lower sft.batch"
         )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    loss = heldout_loss(model, heldout, tokenizer.pad_token_id, settings.microbatch, cluster)
-    if not math.isfinite(loss):
-        raise TrainingError(f"the held-out loss is {loss}: lower sft.learning_rate={settings.learning_rate}")
-    tracker.log({"eval_loss": loss}, step=trainer.state.global_step)
-    if cluster.is_main:
-        save_trained(model, encoder, job, job.config.model.path, job.config.model.revision)
-    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "train_rows": len(train)}
+    return trainer
 
 
 def tell(model, encoder: Encoder, first: Demonstration, counts: dict[str, dict[str, int]], max_length: int) -> None:

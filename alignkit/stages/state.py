@@ -37,15 +37,13 @@ class PPOState:
         return merged
 
     def state_dict(self) -> dict:
-        """Plain numbers, and the state of torch's generator (a reward source of the user's may draw from it)."""
-        return {**asdict(self), "torch_rng": torch.get_rng_state()}
+        """Plain numbers, which JSON keeps to the last bit."""
+        return asdict(self)
 
     @classmethod
     def from_state_dict(cls, saved: dict) -> PPOState:
-        """The inverse of `state_dict`; sets torch's generator."""
-        values = dict(saved)
-        torch.set_rng_state(values.pop("torch_rng"))
-        return cls(**{**values, "score_moments": tuple(values["score_moments"])})
+        """The inverse of `state_dict`."""
+        return cls(**{**saved, "score_moments": tuple(saved["score_moments"])})
 
 
 class AveragedWeights:

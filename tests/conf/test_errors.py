@@ -120,7 +120,8 @@ MISTAKES = {
         ["ppo.batch=10", "ppo.minibatch=3", "sft.epochs=-1", "kl.target=x", "+launch.zzz=1", "seed=x"],
         [
             "kl.target: expected a valid number, got 'x'; set it with kl.target=VALUE",
-            "launch.zzz: unknown key; known keys: processes, threads, inline, grace",
+            "launch.zzz: unknown key; known keys: "
+            "processes, machines, machine, rendezvous, threads, inline, grace, patience",
             "ppo: batch=10 must be a multiple of minibatch=3",
             "seed: expected a valid integer, got 'x'; set it with seed=VALUE",
             "sft.epochs: expected greater than 0, got -1; set it with sft.epochs=VALUE",
@@ -251,7 +252,7 @@ MISTAKES = {
     ),
     "several ranks inline": (
         ["launch=inline", "launch.processes=2"],
-        ["launch: inline=true runs one process, but processes=2: set launch.processes=1"],
+        ["launch: inline=true runs one process, but processes=2 and machines=1: set both to 1"],
     ),
 }
 
@@ -342,7 +343,7 @@ def started(monkeypatch) -> list:
     class Recorded:
         summary, folder, products = {}, Path("runs"), {}
 
-        def __init__(self, recipe, config, raw):
+        def __init__(self, recipe, config, raw, resuming, team):
             configs.append(config)
 
         def stage(self, name, **inputs):

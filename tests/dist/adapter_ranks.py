@@ -103,7 +103,7 @@ def check_policy(name: str, cluster: Cluster) -> dict:
         base = forward(plain)
         with adapters_off(sharded):
             off_before = forward(sharded)
-        with cluster.whole(sharded), adapters_off(sharded):
+        with cluster.sampling(sharded, unshard=True), adapters_off(sharded):
             off_whole = forward(sharded)
     forward(sharded, mine).square().sum().backward()
     forward(alone).square().sum().backward()

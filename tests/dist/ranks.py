@@ -39,22 +39,22 @@ RULE = SamplingRule(temperature=0.9, stop_ids=(1,))
 ROWS = 7  # odd: ranks hold different numbers of rows
 
 
-def config():
+def config(architecture="llama"):
     return AutoConfig.for_model(
-        "llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        architecture, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
         bos_token_id=None, initializer_range=0.2, num_labels=1,
     )  # fmt: skip
 
 
-def fresh_policy():
+def fresh_policy(architecture="llama", dtype=torch.float32):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config(), dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(config(architecture), dtype=dtype)
 
 
-def fresh_scalar():
+def fresh_scalar(architecture="llama", dtype=torch.float32):
     torch.manual_seed(1)
-    return ScalarModel(AutoModelForSequenceClassification.from_config(config(), dtype=torch.float32))
+    return ScalarModel(AutoModelForSequenceClassification.from_config(config(architecture), dtype=dtype)).to(dtype)
 
 
 class Recorder(torch.optim.SGD):
@@ -116,15 +116,16 @@ def sampled(cluster):
     """Responses of all rows, dealt over the ranks, and what the model computes after sampling."""
     policy = cluster.shard(fresh_policy(), trainable=True)
     tokens, mask = pad_left([[5 + i] * (1 + i % 3) for i in range(ROWS)], 0)
-    rows, _ = cluster.deal(ROWS)
+    hand = cluster.deal(mask.sum(dim=1))
+    rows = hand.rows
     noise = uniform_noise(3, 0, rows, 12)
-    engine = Native(temperature=0.9, min_response=0, max_response=12, batch=2)
-    with cluster.whole(policy):
-        part = engine.generate(policy, PromptBatch(tokens[rows], mask[rows], rows), RULE, noise)
+    engine = Native(temperature=0.9, min_response=0, max_response=12, batch=2, unshard=True)
+    with cluster.sampling(policy, unshard=True):
+        part = engine.generate(policy, PromptBatch(tokens[rows], mask[rows], rows), RULE, noise, bool)
     halves = [p.to_local().numel() / p.numel() for p in policy.parameters()]
     sharded = max(halves) <= 1 / cluster.world_size
     after = policy(input_ids=tokens).logits  # a collective on every rank
-    return cluster.collect(part.response, ROWS), after, sharded
+    return cluster.collect(part.response, hand), after, sharded
 
 
 SHAPING = Shaping(
@@ -158,7 +159,7 @@ class Silent:
     tokenizer = SimpleNamespace(pad_token_id=0)
 
     def text(self, ids):
-        return ""
+        return " ".join(map(str, ids))
 
 
 class MeanId:
@@ -170,21 +171,22 @@ class MeanId:
         return torch.where(mask, rollout.response, 0).sum(dim=1) / mask.sum(dim=1) / 10
 
 
-def loop(cluster, changes):
-    """Three iterations. Metrics of each, and the weights (policy, value model, average) before and after, whole."""
+def loop(cluster, changes, *model):
+    """Three iterations. Metrics of each, and the weights (policy, value model, average) before and after, whole; model:
+    architecture and dtype."""
     config = SimpleNamespace(**{
         "seed": 0, "ptx": replace(Settings.ptx, coef=0.0), "shaping": SHAPING, "kl": IN_REWARD, "peft": None,
-        "rollout": Native(temperature=0.9, min_response=0, max_response=8, batch=3),
+        "rollout": Native(temperature=0.9, min_response=0, max_response=8, batch=3, unshard=True),
         "advantage": GAE(gamma=1.0, lam=0.95, whiten="batch", clip=None), **changes,
     })  # fmt: skip
-    settings, policy, value = config.ppo, fresh_policy(), None
+    settings, policy, value = config.ppo, fresh_policy(*model), None
     if config.peft:
         torch.manual_seed(2)
         add_adapter(policy, config.peft, "CAUSAL_LM")
     policy = cluster.shard(policy, trainable=True)
-    reference = WithoutAdapter(policy) if config.peft else cluster.shard(fresh_policy(), trainable=False)
+    reference = WithoutAdapter(policy) if config.peft else cluster.shard(fresh_policy(*model), trainable=False)
     if config.advantage.uses_values:
-        value = cluster.shard(fresh_scalar(), trainable=True)
+        value = cluster.shard(fresh_scalar(*model), trainable=True)
     made = Actors(
         cluster=cluster,
         encoder=Silent(),
@@ -219,8 +221,9 @@ def loop(cluster, changes):
         }
 
     before, job = weights(), Job("ppo", config, {}, Path(os.devnull), first=True)
-    history = [ppo_iteration(made, prompts, ptx, job, None)[0] for _ in range(3)]
-    return history, before, weights()
+    done = [ppo_iteration(made, prompts, ptx, job, None) for _ in range(3)]
+    texts = [[row["response"] for row in rows] for _, rows in done]
+    return [values for values, _ in done], before, weights(), texts
 
 
 def untimed(values):
@@ -229,8 +232,8 @@ def untimed(values):
 
 def compared(several, single):
     """A loop on several ranks against the same on one, largest differences, relative."""
-    history, _, after = several
-    expected, start, end = single
+    history, _, after, texts = several
+    expected, start, end, same = single
     if after is None:
         return None
     metrics = {}
@@ -240,6 +243,7 @@ def compared(several, single):
             metrics[name] = max(metrics.get(name, 0.0), abs(got[name] - value) / max(abs(value), FLOOR))
     return {
         "metrics": metrics,
+        "same_responses": texts == same,
         "weights": {name: distance(after[name], end[name]) for name in end},
         "moved": {name: distance(end[name], start[name]) for name in end},
         "steps": [values["policy_steps"] for values in history],
@@ -263,7 +267,7 @@ def main(out):
     single = alone()
     expected = gradients(single)
     for name, shards in {"fsdp": cluster.world_size, "replicas": 1}.items():
-        got = gradients(Cluster.open(shards))
+        got = gradients(Cluster.open(shard_size=shards))
         results[f"gradient_{name}"] = [distance(a, b) for a, b in zip(got, expected)]
     tokens, after, sharded = sampled(cluster)
     tokens_alone, after_alone, _ = sampled(single)
@@ -273,8 +277,8 @@ def main(out):
     state = cluster.full_state(cluster.shard(fresh_policy(), trainable=True))
     plain = fresh_policy().state_dict()
     results["full_state"] = state is None or all(torch.equal(state[k], plain[k]) for k in plain)
-    rows, real = cluster.deal(ROWS)
-    results["dealt"] = cluster.collect(torch.where(real, rows, -1), ROWS).tolist()
+    hand = cluster.deal(torch.arange(ROWS))
+    results["dealt"] = cluster.collect(torch.where(hand.real, hand.rows, -1), hand).tolist()
     results["summed"] = float(cluster.sum(torch.tensor(float(cluster.rank + 1))))
     results["largest"] = float(cluster.max(torch.tensor(float(cluster.rank))))
     results["loops"] = {

@@ -130,7 +130,7 @@ def config_of(algorithm: str, beta: float, seed: int, iterations: int, **changes
         seed=seed,
         ppo=PPOSettings(**ppo),
         ptx=PtxSettings(**settings("ptx/none")),
-        rollout=Native(**settings("rollout/native", temperature=1.0, min_response=0, max_response=LONGEST, batch=4096)),
+        rollout=Native(**settings("rollout/native", temperature=1.0, max_response=LONGEST, batch=4096)),
         shaping=Shaping(**settings("shaping/default", missing_eos_penalty=0.0)),
         advantage=advantage,
         kl=FixedKL(**settings("kl/fixed", coef=beta)),

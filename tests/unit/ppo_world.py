@@ -14,6 +14,7 @@ from alignkit.models.settings import PeftSettings
 from alignkit.observe.metrics import Metrics
 from alignkit.reward.model import RewardModel
 from alignkit.rollout.native import Native
+from alignkit.runtime.settings import ShardingSettings
 from alignkit.stages import ppo
 from alignkit.stages.actors import Actors, logprobs_of, values_of
 from alignkit.stages.job import Job
@@ -97,11 +98,14 @@ def config_of(ptx: float = 0.0, kl=None, shaping=None, advantage=None, **changes
         seed=0,
         ppo=replace(PPO, **changes),
         ptx=PtxSettings(coef=ptx, path=None, batch=3, max_length=16),
-        rollout=Native(temperature=0.9, min_response=0, max_response=6, batch=64),
+        rollout=Native(temperature=0.9, min_response=0, max_response=6, batch=64, unshard=True),
         reward=RewardModel(path=None, normalise="shift_scale"),
         shaping=replace(SHAPING, **(shaping or {})),
         advantage=advantage or GAE(gamma=1.0, lam=0.95, whiten="batch", clip=None),
         peft=PeftSettings(method="none", settings={}, quantization={}, merge=False),
+        sharding=ShardingSettings(
+            shard_size="all", activation_checkpointing=False, offload_frozen=False, offload_optimizer=False
+        ),
         kl=kl or FixedKL(coef=0.1, estimator="k1", place="reward"),
     )
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
+from trainer_world import NO_CHECKPOINTS, NO_OFFLOADING, run
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alignkit.data.corpus import Corpus, Demonstration, Pair, Split
@@ -191,11 +192,6 @@ def corpus() -> Corpus:
     return Corpus(*sides, notes=())
 
 
-class Tracker:
-    def log(self, *args, **kwargs):
-        pass
-
-
 def job(stage: str, base: Path, out: Path, method: PeftSettings) -> Job:
     shared = {"epochs": 1.0, "batch": 6, "microbatch": 3, "learning_rate": 0.05, "warmup": 0.0, "max_length": 60}
     config = SimpleNamespace(
@@ -205,6 +201,8 @@ def job(stage: str, base: Path, out: Path, method: PeftSettings) -> Job:
         peft=method,
         sft=SFTSettings(**shared, trainer={}),
         reward_model=RewardModelSettings(**shared, center_coef=0.01, reference_responses=8, trainer={}),
+        checkpoint=NO_CHECKPOINTS,
+        sharding=NO_OFFLOADING,
     )
     return Job(stage, config, {"init": base}, out, first=False)
 
@@ -233,7 +231,7 @@ def train(stage: str, base: Path, out: Path, method: PeftSettings, cluster, monk
     kept = module.save_trained
     monkeypatch.setattr(module, "attach", watched)
     monkeypatch.setattr(module, "save_trained", save)
-    seen["result"] = module.run(job(stage, base, out, method), cluster, Tracker())
+    seen["result"] = run(job(stage, base, out, method), cluster)
     return seen
 
 
@@ -443,14 +441,14 @@ def test_the_command_line_refuses_before_anything_is_made(words, tmp_path, monke
 def test_learnt_tokens_take_positions_too(bases, tmp_path, cluster):
     method = PeftSettings(method="prompt", settings={"num_virtual_tokens": 40}, quantization={}, merge=False)
     with pytest.raises(UserError, match="sft.max_length=60 and 40 learnt tokens need 100 tokens, but the model has 96"):
-        sft.run(job("sft", bases["gpt2"], tmp_path, method), cluster, Tracker())
+        run(job("sft", bases["gpt2"], tmp_path, method), cluster)
 
 
 def test_the_digest_of_every_stage_that_trains_depends_on_the_adapter():
     from alignkit.runtime.artifact import SECTIONS, stage_digest
 
     sections = {section for sections in SECTIONS.values() for section in sections}
-    plain = {"seed": 0, **{section: {} for section in sections}}
+    plain = {"seed": 0, "compute_dtype": "float32", **{section: {} for section in sections}}
 
     def digest(stage: str, **changes) -> str:
         return stage_digest(stage, {**plain, "peft": {"method": "lora", "settings": {"r": 4}, **changes}}, "bytes", {})

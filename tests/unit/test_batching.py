@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alignkit.algo.batching import length_order, pad_left, pad_right, permutation, prompt_indices
+from alignkit.algo.batching import deal, length_order, pad_left, pad_right, permutation, prompt_indices
 
 ROWS = [[5, 6, 7], [8], [9, 10]]
 
@@ -62,3 +62,22 @@ def test_a_batch_larger_than_the_data_goes_round():
 
 def test_another_seed_gives_another_order():
     assert not prompt_indices(0, 40, 40, seed=0).equal(prompt_indices(0, 40, 40, seed=1))
+
+
+@pytest.mark.parametrize("count, ranks", [(64, 8), (7, 2), (3, 4), (1, 3), (130, 16)])
+def test_every_rank_is_dealt_about_as_many_tokens(count, ranks):
+    lengths = torch.randint(1, 513, (count,), generator=torch.Generator().manual_seed(count))
+    rows, real = deal(lengths, ranks)
+    assert sorted(rows[real].tolist()) == list(range(count)), "each row once"
+    assert rows.shape == real.shape == (ranks, -(-count // ranks)) and not rows[~real].any()
+    assert int(real.sum(dim=1).max() - real.sum(dim=1).min()) <= 1
+    tokens = torch.where(real, lengths[rows], 0).sum(dim=1)
+    assert int(tokens.max() - tokens.min()) <= int(lengths.max()), "no rank has more than one row's tokens more"
+
+
+def test_dealing_by_length_is_better_than_in_order():
+    lengths = torch.randint(1, 513, (128,), generator=torch.Generator().manual_seed(0)).sort().values
+    rows, _ = deal(lengths, 8)
+    share = lengths.sum() / 8
+    assert float(lengths[rows].sum(dim=1).max() / share) < 1.02
+    assert float(lengths.view(8, 16).sum(dim=1).max() / share) > 1.8

@@ -1,7 +1,6 @@
 """A stage's processes: what they are told, how their end is told, and that none outlives the launcher.
 
-The ranks here are real: `load` in a rank imports the user's module that `kl._target_` names, and that module behaves
-as each test needs (waits, dies, refuses to end), which is much cheaper than to train.
+The ranks here are real processes of a stub stage (stub_stage.py).
 """
 
 import json
@@ -10,67 +9,50 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
-import hydra
 import pytest
-from omegaconf import OmegaConf
+from stub_stage import (
+    COLLECTIVE,
+    COMPUTING,
+    GROUP,
+    KILLED,
+    OBEYING,
+    PATIENCE,
+    RAISING,
+    WAITING,
+    are_up,
+    composed,
+    kill_all,
+    processes_of,
+    wait_until,
+    write_job,
+)
 
 import alignkit
 from alignkit.errors import StageFailed, UserError
-from alignkit.runtime.config import conf_dir
-from alignkit.runtime.launch import SMALL_MODEL, failure, run_stage, worker_environment
+from alignkit.runtime.failure import failure, forget, reports_of, saved
+from alignkit.runtime.launch import SMALL_MODEL, run_stage, worker_environment
 from alignkit.runtime.settings import LaunchSettings
+from alignkit.runtime.signals import Noted, Stopped, hand_on, raise_stopped, relay, signals_to
 
-PATIENCE = 90  # seconds until a test gives up; each takes a few
 
-
-def settings(processes: int = 1, threads: int | str = "auto", inline: bool = False, grace: float = 5.0):
-    return LaunchSettings(processes=processes, threads=threads, inline=inline, grace=grace)
+def settings(processes: int = 1, threads: int | str = "auto", inline: bool = False):
+    here = {"machines": 1, "machine": 0, "rendezvous": None, "patience": 5.0}
+    return LaunchSettings(processes=processes, threads=threads, inline=inline, grace=5.0, **here)
 
 
 @pytest.fixture(scope="module")
 def raw() -> dict:
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return OmegaConf.to_container(hydra.compose("sft"), resolve=True)
+    return composed()
 
 
 @pytest.fixture
 def make_job(tmp_path, raw, monkeypatch):
     """Write a job whose ranks import a module with the given text."""
     monkeypatch.chdir(tmp_path)
-
-    def write(behaviour: str = "", **changes) -> Path:
-        (tmp_path / "stub_of_a_rank.py").write_text(f"import os, signal, sys, time\n{behaviour}\n")
-        folder = tmp_path / "sft-0123456789ab.partial"
-        (folder / "logs").mkdir(parents=True)
-        own = {"trusted": ["stub_of_a_rank"], "kl": {"_target_": "stub_of_a_rank.X"}} if behaviour else {}
-        (folder / "job.json").write_text(
-            json.dumps({"stage": "sft", "config": {**raw, **own, **changes}, "inputs": {}})
-        )
-        return folder / "job.json"
-
-    return write
-
-
-def processes_of(job: Path) -> list[int]:
-    """The living processes that have the job's path on their command line."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            state = (place / "stat").read_text().rpartition(")")[2].split()[0]
-            if str(job) in (place / "cmdline").read_text() and state != "Z":
-                found.append(int(place.name))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
-
-
-def wait_until(holds, what: str) -> None:
-    end = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < end, f"not within {PATIENCE} seconds: {what}"
-        time.sleep(0.02)
+    return partial(write_job, tmp_path, raw)
 
 
 # ------------------------------------------------------------------------------------------------------- how it ends
@@ -119,15 +101,38 @@ def test_a_rank_that_raises_is_told_with_its_cause_and_the_place_of_the_log(make
     assert (logs / "rank1.log").read_text() == "hello from rank 1\n"
 
 
-def test_a_rank_that_is_killed_ends_the_stage(make_job):
-    job = make_job("os.kill(os.getpid(), signal.SIGKILL) if os.environ['RANK'] == '1' else time.sleep(600)")
+@pytest.mark.parametrize(
+    "fail, wait", [(RAISING, COLLECTIVE), (KILLED, COLLECTIVE), (KILLED, COMPUTING)], ids=["raise", "kill", "kill-busy"]
+)
+def test_a_failing_rank_ends_the_stage_on_all_and_is_named_though_others_wait_for_it(make_job, fail, wait):
+    job = make_job(GROUP.format(act=fail, wait=wait))
     with pytest.raises(StageFailed) as failed:
         run_stage(job, settings(processes=2), 1)
-    assert str(failed.value) == (
-        f"sft: a rank ended without a word (exit 1); killed, perhaps for memory? see {job.parent / 'logs'}"
-    )
+    assert time.time() - Path("acted").stat().st_mtime < 30.0
+    first, *tail = str(failed.value).splitlines()
     assert failed.value.exit_code == 1
     assert processes_of(job) == []
+    if fail == RAISING:
+        assert first == "sft: rank 1 failed: ZeroDivisionError: no such luck"
+        assert "ZeroDivisionError: no such luck" in tail
+    else:
+        log = job.parent / "logs" / "rank1.log"
+        assert first == f"sft: rank 1 was killed by SIGKILL (out of memory?); its last words are in {log}"
+
+
+def test_ranks_that_end_without_a_result_are_an_error(make_job):
+    job = make_job("os._exit(0)")
+    (job.parent / "result.json").write_text("{}")  # of an earlier attempt, as the report
+    write_report(job.parent, 0, 10.0, "crash", "KeyError: 'x'")
+    with pytest.raises(StageFailed, match=r"sft: its processes ended without a word \(exit 0\); see "):
+        run_stage(job, settings(), 1)
+
+
+def test_what_torch_distributed_run_cannot_do_is_told(make_job, monkeypatch):
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
+    monkeypatch.setattr("alignkit.runtime.launch.worker_environment", lambda *_: {**os.environ, "PET_NNODES": "x"})
+    with pytest.raises(StageFailed, match="sft: its ranks could not be started: ValueError: .*'x'"):
+        run_stage(make_job(), settings(), 1)
 
 
 def write_report(folder: Path, rank: int, when: float, kind: str, message: str) -> None:
@@ -136,12 +141,60 @@ def write_report(folder: Path, rank: int, when: float, kind: str, message: str) 
     (folder / "logs" / f"rank{rank}.error.json").write_text(json.dumps(report))
 
 
+def told(folder: Path) -> StageFailed:
+    return failure(folder, reports_of(folder / "logs"), 1)
+
+
 def test_the_first_rank_that_failed_is_the_cause(tmp_path):
     folder = tmp_path / "reward_model-0123456789ab.partial"
-    write_report(folder, 0, 20.0, "crash", "RuntimeError: connection closed by peer")
+    write_report(folder, 0, 20.0, "crash", "RuntimeError: no such file")
     write_report(folder, 1, 10.0, "training", "loss is not finite at step 3")
-    error = failure(folder, 1)
-    assert (str(error), error.exit_code) == ("reward_model: loss is not finite at step 3", 1)
+    assert (str(told(folder)), told(folder).exit_code) == ("reward_model: loss is not finite at step 3", 1)
+
+
+def test_a_rank_that_was_left_alone_is_not_the_cause_though_it_says_so_first(tmp_path):
+    folder = tmp_path / "ppo-0123456789ab.partial"
+    gloo = "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:25000"
+    write_report(folder, 0, 10.0, "crash", gloo)
+    entries = [
+        {"rank": 1, "code": -9, "time": 11},
+        {"rank": 0, "code": 1, "time": 11},
+        {"rank": 2, "code": -15, "time": 9},
+    ]
+    (folder / "logs" / "group0.error.json").write_text(json.dumps(entries))
+    assert str(told(folder)).startswith("ppo: rank 1 was killed by SIGKILL (out of memory?); its last words are in ")
+    write_report(folder, 3, 12.0, "crash", "ValueError: bad row")
+    assert str(told(folder)).startswith("ppo: rank 1 was killed")
+    (folder / "logs" / "group0.error.json").unlink()
+    assert str(told(folder)).startswith("ppo: rank 3 failed: ValueError: bad row")
+
+
+def test_what_an_earlier_attempt_left_about_its_end_is_forgotten(tmp_path):
+    folder = tmp_path / "ppo-0123456789ab.partial"
+    write_report(folder, 0, 10.0, "crash", "KeyError: 'x'")
+    left = ["stop", "result.json", "logs/interrupted.json", "logs/group0.error.json"]
+    kept = ["job.json", "metrics.jsonl", "logs/rank0.log", "state/checkpoint-3/sealed.json"]
+    (folder / "state" / "checkpoint-3").mkdir(parents=True)
+    for name in left + kept:
+        (folder / name).write_text("")
+    forget(folder)
+    assert sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()) == sorted(kept)
+
+
+def test_what_is_left_of_an_interrupted_stage_is_told(tmp_path):
+    folder = tmp_path / "ppo-0123456789ab.partial"
+    (folder / "logs").mkdir(parents=True)
+    assert saved(folder, []) == "ppo has no checkpoint yet and starts again; finished stages are kept"
+    for step in (8, 12):
+        (folder / "state" / f"checkpoint-{step}").mkdir(parents=True)
+    (folder / "state" / "checkpoint-8" / "sealed.json").write_text("{}")
+    assert saved(folder, []) == "ppo did not save a last checkpoint; it has the one after step 8"
+    fault = {"kind": "training", "rank": 0, "message": "the disk is full", "time": 1.0}
+    assert saved(folder, [fault]).endswith("it has the one after step 8 (ppo: the disk is full)")
+    (folder / "logs" / "interrupted.json").write_text('{"step": 12}')
+    assert saved(folder, []) == "ppo saved a checkpoint after step 12"
+    by_hand = f"the file {folder / 'stop'} asked for an end: ppo saved a checkpoint after step 12"
+    assert str(failure(folder, [], 0)) == by_hand
 
 
 def test_inline_runs_in_this_process_and_lets_errors_through(make_job):
@@ -156,16 +209,20 @@ def test_inline_runs_in_this_process_and_lets_errors_through(make_job):
 LAUNCHER = """
 import sys
 from pathlib import Path
-from alignkit.runtime.launch import Stopped, run_stage
+from alignkit.runtime.launch import run_stage
 from alignkit.runtime.settings import LaunchSettings
+from alignkit.runtime.signals import Stopped
+here = {"machines": 1, "machine": 0, "rendezvous": None, "patience": 5.0}
+launch = LaunchSettings(processes=2, threads=1, inline=False, grace=float(sys.argv[2]), **here)
 try:
-    run_stage(Path(sys.argv[1]), LaunchSettings(processes=2, threads=1, inline=False, grace=float(sys.argv[2])), 1)
+    run_stage(Path(sys.argv[1]), launch, 1)
 except Stopped as stop:
-    print("stopped by", stop)
+    print(f"stopped by {stop}: {stop.saved}")
     sys.exit(stop.exit_code)
 """
-WAITING = "open(f'up{os.environ[\"RANK\"]}', 'w').close()\ntime.sleep(600)"
 STUBBORN = f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{WAITING}"
+SAID = "stopping: the ranks save a checkpoint and end, at most {} s; a second signal ends them now\nstopped by {}: {}\n"
+NOTHING = "sft has no checkpoint yet and starts again; finished stages are kept"
 
 
 @pytest.fixture
@@ -182,42 +239,106 @@ def launcher(tmp_path):
 
     yield start
     for process, job in started:
-        for number in processes_of(job):
-            os.kill(number, signal.SIGKILL)
+        kill_all(job)
         process.communicate(timeout=PATIENCE)
 
 
-def both_ranks_are_up(folder: Path) -> bool:
-    return (folder / "up0").exists() and (folder / "up1").exists()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_ends_the_launcher_and_its_ranks(make_job, launcher, tmp_path, number):
-    job = make_job(WAITING)
+def test_a_signal_lets_the_ranks_save_and_end_by_themselves(make_job, launcher, tmp_path):
+    job = make_job(OBEYING)
     process = launcher(job)
-    wait_until(lambda: both_ranks_are_up(tmp_path), "both ranks run")
+    wait_until(lambda: are_up(tmp_path, 2), "both ranks run")
     assert len(processes_of(job)) == 4  # launcher, group and two ranks
-    began = time.monotonic()
-    process.send_signal(number)
-    assert process.wait(timeout=PATIENCE) == 128 + number
-    assert time.monotonic() - began < 20.0
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # at once: the same one, as some job managers send it twice
+    assert process.wait(timeout=PATIENCE) == 143
     assert processes_of(job) == []
-    assert process.stdout.read() == f"stopped by {number.name}\n"
+    assert process.stdout.read() == SAID.format(20, "SIGTERM", "sft saved a checkpoint after step 7")
+    assert not list((job.parent / "logs").glob("*.error.json"))
+
+
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 143)]
+)
+def test_a_preemption_has_the_exit_code_of_sigterm(number, code):
+    assert Stopped(number).exit_code == code
+
+
+def test_a_second_signal_is_one_that_comes_later_and_is_no_warning(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    noted = Noted()
+    for number, later in [(signal.SIGUSR1, 0.0), (signal.SIGTERM, 60.0), (signal.SIGTERM, 0.2), (signal.SIGUSR1, 5.0)]:
+        now[0] += later
+        noted(number, None)
+        assert (noted.number, noted.again) == (signal.SIGUSR1, False)
+    noted(signal.SIGINT, None)
+    assert (noted.number, noted.again) == (signal.SIGUSR1, True)
+
+
+def test_a_signal_to_another_machine_is_one_here_too_but_no_second_one_until_it_is_one_there():
+    with signals_to(noted := Noted()):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.1)
+        relay(signal.SIGTERM, False)
+        relay(signal.SIGTERM, False)
+        assert (noted.number, noted.again) == (signal.SIGTERM, False)
+        relay(signal.SIGTERM, True)
+        assert (noted.number, noted.again) == (signal.SIGTERM, True)
+    with signals_to(noted := Noted()):
+        relay(signal.SIGINT, False)
+        time.sleep(1.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (noted.number, noted.again) == (signal.SIGINT, False)
+    with pytest.raises(Stopped) as stopped, signals_to(raise_stopped):
+        relay(signal.SIGINT, False)
+        time.sleep(1.0)
+    assert stopped.value.exit_code == 130
+
+
+def test_whoever_waits_for_a_warning_gets_it_once_all_is_saved():
+    got = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: got.append(number))
+    try:
+        with pytest.raises(Stopped), signals_to(raise_stopped):
+            os.kill(os.getpid(), signal.SIGUSR2)
+            time.sleep(1.0)
+        assert got == []
+        hand_on(signal.SIGUSR2)
+        hand_on(0)
+        assert got == [signal.SIGUSR2]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_second_signal_ends_the_ranks_now(make_job, launcher, tmp_path):
+    job = make_job(STUBBORN)
+    process = launcher(job, grace=60.0)
+    wait_until(lambda: are_up(tmp_path, 2), "both ranks run")
+    process.send_signal(signal.SIGTERM)
+    wait_until(lambda: (job.parent / "stop").exists(), "the ranks are asked to end")
+    time.sleep(1.1)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=PATIENCE) == 143
+    assert time.monotonic() - began < 20.0
+    wait_until(lambda: processes_of(job) == [], "the kernel has ended the ranks")
+    assert process.stdout.read() == SAID.format(60, "SIGTERM", NOTHING)
 
 
 def test_ranks_that_do_not_end_when_asked_are_killed_after_the_grace(make_job, launcher, tmp_path):
     job = make_job(STUBBORN)
     process = launcher(job, grace=1.0)
-    wait_until(lambda: both_ranks_are_up(tmp_path), "both ranks run")
+    wait_until(lambda: are_up(tmp_path, 2), "both ranks run")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=PATIENCE) == 128 + signal.SIGTERM
     wait_until(lambda: processes_of(job) == [], "the kernel has ended the ranks")
+    assert process.stdout.read() == SAID.format(1, "SIGTERM", NOTHING)
 
 
 def test_a_launcher_that_is_killed_leaves_no_process_behind(make_job, launcher, tmp_path):
     job = make_job(WAITING)
     process = launcher(job)
-    wait_until(lambda: both_ranks_are_up(tmp_path), "both ranks run")
+    wait_until(lambda: are_up(tmp_path, 2), "both ranks run")
     process.kill()
     wait_until(lambda: processes_of(job) == [], "no process of the job is left")
 
@@ -228,7 +349,7 @@ def test_a_launcher_that_is_killed_while_its_group_starts_leaves_no_process_behi
     wait_until(lambda: len(processes_of(job)) == 2, "the group has just been started")
     process.kill()
     process.wait(timeout=PATIENCE)
-    wait_until(lambda: processes_of(job) == [] or both_ranks_are_up(tmp_path), "the group ends, or its ranks run on")
+    wait_until(lambda: processes_of(job) == [] or are_up(tmp_path, 2), "the group ends, or its ranks run on")
     assert processes_of(job) == []
 
 

@@ -229,6 +229,7 @@ def test_training_mode_computes_what_evaluation_mode_computes(architecture, tiny
 def settings(path: str | None, **changes) -> ModelSettings:
     source = {"path": path, "revision": None, "trust_remote_code": False, "architecture": "llama"}
     size = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 280, "context_length": 64}
+    size |= {"intermediate_size": None, "num_kv_heads": None, "head_dim": None, "tie_embeddings": True}
     return ModelSettings(**{**source, **size, **changes})
 
 

@@ -273,7 +273,7 @@ def test_a_score_that_is_not_finite_stops_the_run_and_leaves_its_data(single, ba
     class Broken:
         def score(self, answers, microbatch):
             scores = torch.zeros(len(answers.responses))
-            scores[3] = bad
+            scores[answers.prompts.index(PROMPTS[3])] = bad
             return scores
 
     monkeypatch.setattr(single, "reward", Broken())

@@ -1,5 +1,6 @@
 """Every published variant does what its formula says: gradients against a plain computation, steps, state, averages."""
 
+import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -293,10 +294,7 @@ def test_a_run_that_goes_on_from_its_saved_state_is_the_run_that_never_stopped(m
 
     for number in range(4):
         if number == 2:
-            saved = parts.state.state_dict()
-            torch.rand(3)  # the generator moves on in between
-            parts.state = PPOState.from_state_dict(saved)
-            assert torch.equal(torch.get_rng_state(), saved["torch_rng"])
+            parts.state = PPOState.from_state_dict(json.loads(json.dumps(parts.state.state_dict())))
         assert go_on(parts) == go_on(whole)
     assert parts.state == whole.state and whole.state.iteration == 4 and whole.state.ptx_rows == 4 * 4 * 3
     assert whole.state.kl_coef != 0.5
@@ -323,8 +321,7 @@ def test_masks_that_disagree_stop_the_run(moving, tmp_path, monkeypatch, change,
     genuine = ppo.sample
 
     def sample(*arguments):
-        rollout, rows = genuine(*arguments)
-        return change(rollout), rows
+        return change(genuine(*arguments))
 
     monkeypatch.setattr(ppo, "sample", sample)
     with pytest.raises(TrainingError, match=message):

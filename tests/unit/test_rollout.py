@@ -24,7 +24,7 @@ def batch_of(lengths: list[int] = LENGTHS) -> PromptBatch:
 
 
 def engine(batch: int = 64, min_response: int = 0, temperature: float = 1.0) -> Native:
-    return Native(temperature=temperature, min_response=min_response, max_response=STEPS, batch=batch)
+    return Native(temperature=temperature, min_response=min_response, max_response=STEPS, batch=batch, unshard=True)
 
 
 def rule_of(native: Native, stops: tuple[int, ...] = STOPS) -> SamplingRule:
@@ -33,7 +33,7 @@ def rule_of(native: Native, stops: tuple[int, ...] = STOPS) -> SamplingRule:
 
 def generate(model, native: Native, prompts: PromptBatch, stops: tuple[int, ...] = STOPS):
     noise = uniform_noise(0, 0, prompts.index, native.max_response)
-    return native.generate(model, prompts, rule_of(native, stops), noise)
+    return native.generate(model, prompts, rule_of(native, stops), noise, bool)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_rows_that_leave_the_batch_change_no_other_row(sampled):
     assert int(lengths.min()) < int(lengths.max()) and len(lengths.unique()) >= 4
     for row in range(len(LENGTHS)):
         tokens = prompts.tokens[row][prompts.mask[row]][None]
-        alone = decode(model, tokens, torch.ones_like(tokens).bool(), rule_of(engine()), noise[row : row + 1])
+        alone = decode(model, tokens, torch.ones_like(tokens).bool(), rule_of(engine()), noise[row : row + 1], bool)
         real = rollout.response_mask[row]
         assert alone[0][real].equal(rollout.response[row][real])
 
@@ -150,7 +150,7 @@ def test_sampling_explores(sampled):
     """Other noise, other responses: a sampler that falls back to greedy decoding learns nothing."""
     model, prompts, rollout = sampled
     noise = uniform_noise(0, 1, prompts.index, STEPS)
-    other = engine().generate(model, prompts, rule_of(engine()), noise)
+    other = engine().generate(model, prompts, rule_of(engine()), noise, bool)
     first = torch.stack([rollout.response[:, 0], other.response[:, 0]])
     assert int((first[0] != first[1]).sum()) >= 6
 
@@ -160,7 +160,7 @@ def test_first_tokens_follow_the_models_probabilities(tiny_policy):
     model, count = tiny_policy("llama", seed=4), 4_000
     tokens = torch.tensor([[50, 60, 70]])
     prompts = PromptBatch(tokens.expand(count, -1), torch.ones(count, 3, dtype=torch.bool), torch.arange(count))
-    native = Native(temperature=0.8, min_response=0, max_response=1, batch=1_000)
+    native = Native(temperature=0.8, min_response=0, max_response=1, batch=1_000, unshard=True)
     drawn = generate(model, native, prompts).response[:, 0].bincount(minlength=280).double()
     with torch.no_grad():
         expected = (model(input_ids=tokens).logits[0, -1].double() / 0.8).softmax(-1) * count

@@ -8,7 +8,6 @@ from alignkit.errors import UserError
 from alignkit.models.loading import make_encoder
 from alignkit.observe.closing import table
 from alignkit.observe.progress import Progress, duration
-from alignkit.runtime.recipe import with_outer_ranks
 from alignkit.stages import reward_model
 from alignkit.stages.common import encode_demonstrations
 
@@ -101,15 +100,3 @@ def test_progress_says_how_far_and_how_long_is_left(monkeypatch, capsys):
     progress.update(3, "KL 1.00")
     progress.update(3)  # too soon for another line
     assert capsys.readouterr().out == "ppo 3/4  KL 1.00  10 s left\n"
-
-
-def test_ranks_of_a_job_around_the_launcher_are_taken_over(monkeypatch):
-    raw = {"launch": {"processes": 1}}
-    assert with_outer_ranks(raw) == raw
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    assert with_outer_ranks(raw)["launch"]["processes"] == 2
-    assert with_outer_ranks({"launch": {"processes": 3}})["launch"]["processes"] == 3
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="several machines"):
-        with_outer_ranks(raw)

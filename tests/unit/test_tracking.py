@@ -1,5 +1,6 @@
 """The files that every stage leaves, whatever becomes of W&B."""
 
+import errno
 import json
 import logging
 import math
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from alignkit.observe import tracking
 from alignkit.observe.settings import TrackingSettings
 from alignkit.observe.tracking import STEP_KEYS, Tracker
 from alignkit.observe.trainer_callback import make_callback
@@ -115,6 +118,132 @@ def test_a_resumed_run_appends_and_drops_a_torn_row(tmp_path):
         file.write('{"time": 17')
     Tracker(tmp_path, "ppo", is_main=True).log({"kl": 2.0}, step=2)
     assert [row["ppo/kl"] for row in strict_rows(tmp_path / "metrics.jsonl")] == [1.0, 2.0]
+
+
+def write_rows(tracker: Tracker, first: int, last: int) -> None:
+    """Rows and samples of steps first .. last."""
+    for step in range(first, last + 1):
+        tracker.log({"kl": step / 3}, step=step)
+        tracker.samples([{"prompt": f"é {step}"}], step=step)
+
+
+def test_a_stage_that_goes_on_from_a_position_has_no_row_twice_and_none_missing(tmp_path):
+    tracker = Tracker(tmp_path, "ppo", is_main=True)
+    assert tracker.position() == {"metrics.jsonl": 0, "samples.jsonl": 0}
+    write_rows(tracker, 1, 3)
+    position = json.loads(json.dumps(tracker.position()))
+    write_rows(tracker, 4, 5)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"time": 17')
+    again = Tracker(tmp_path, "ppo", is_main=True)
+    assert again.reaches(position)
+    again.rewind(position)
+    write_rows(again, 4, 6)
+    assert [row["ppo/kl"] for row in strict_rows(tmp_path / "metrics.jsonl")] == [step / 3 for step in range(1, 7)]
+    assert [row["prompt"] for row in strict_rows(tmp_path / "samples.jsonl")] == [f"é {step}" for step in range(1, 7)]
+
+
+def test_a_stage_that_starts_anew_begins_with_no_rows(tmp_path):
+    write_rows(Tracker(tmp_path, "ppo", is_main=True), 1, 3)
+    tracker = Tracker(tmp_path, "ppo", is_main=True)
+    tracker.rewind({})
+    write_rows(tracker, 1, 1)
+    assert len(strict_rows(tmp_path / "metrics.jsonl")) == len(strict_rows(tmp_path / "samples.jsonl")) == 1
+
+
+@pytest.mark.parametrize("lost", ["metrics.jsonl", "samples.jsonl"])
+def test_a_file_that_is_shorter_than_a_position_is_noticed(tmp_path, lost):
+    tracker = Tracker(tmp_path, "ppo", is_main=True)
+    write_rows(tracker, 1, 3)
+    position = tracker.position()
+    assert tracker.reaches(position) and tracker.reaches({})
+    with (tmp_path / lost).open("r+b") as file:
+        file.truncate(position[lost] - 1)
+    assert not Tracker(tmp_path, "ppo", is_main=True).reaches(position)
+    (tmp_path / lost).unlink()
+    assert not tracker.reaches(position)
+
+
+def test_rows_of_a_stage_that_has_not_written_samples_yet_have_a_position_too(tmp_path):
+    tracker = Tracker(tmp_path, "ppo", is_main=True)
+    tracker.log({"kl": 1.0}, step=1)
+    position = tracker.position()
+    write_rows(tracker, 2, 2)
+    tracker.rewind(position)
+    assert len(strict_rows(tmp_path / "metrics.jsonl")) == 1 and strict_rows(tmp_path / "samples.jsonl") == []
+
+
+def test_other_ranks_have_no_position_and_cut_nothing(tmp_path):
+    write_rows(Tracker(tmp_path, "ppo", is_main=True), 1, 2)
+    other = Tracker(tmp_path, "ppo", is_main=False)
+    assert other.position() == {} and other.history() == []
+    other.rewind({})
+    assert len(strict_rows(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_the_history_is_what_was_logged_to_the_last_bit(tmp_path):
+    rows = [{"kl": 0.1 + 0.2, "score_mean": 1 / 3}, {"kl": math.nan, "seconds/update": 2}, {"policy_steps": 4}]
+    tracker = Tracker(tmp_path, "ppo", is_main=True)
+    assert tracker.history() == []
+    for step, row in enumerate(rows):
+        tracker.log(row, step=step)
+    first, second, third = Tracker(tmp_path, "ppo", is_main=True).history()
+    assert (first, third) == (rows[0], rows[2])
+    assert math.isnan(second["kl"]) and second["seconds/update"] == 2 and len(second) == 2
+
+
+class FullDisk:
+    """Stands for a file on a disk that is full: half of what is written fits."""
+
+    def __init__(self, file) -> None:
+        self.file = file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+    def writelines(self, lines) -> None:
+        text = "".join(lines)
+        self.file.write(text[: len(text) // 2])
+        self.file.flush()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("attempts", [1, 3, None], ids=["soon_free", "later_free", "never_free"])
+def test_a_row_waits_for_room_on_a_full_disk_and_is_never_half_written(tmp_path, monkeypatch, attempts):
+    tracker = Tracker(tmp_path, "ppo", is_main=True)
+    tracker.log({"kl": 0.0}, step=0)
+    clock, opened, plain = SimpleNamespace(now=0.0, waits=0), [], Path.open
+
+    def sleep(seconds: float) -> None:
+        clock.now, clock.waits = clock.now + seconds, clock.waits + 1
+
+    def opening(path, mode="r", **options):
+        opened.append(mode)
+        file = plain(path, mode, **options)
+        return FullDisk(file) if mode == "a" and (attempts is None or len(opened) <= attempts) else file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "time", SimpleNamespace(time=time.time, sleep=sleep, monotonic=lambda: clock.now))
+        patch.setattr(Path, "open", opening)
+        if attempts is None:
+            with pytest.raises(OSError, match="No space left"):
+                tracker.log({"kl": 1.0}, step=1)
+            assert clock.now == pytest.approx(tracking.PATIENCE, abs=0.2)
+        else:
+            tracker.log({"kl": 1.0}, step=1)
+            assert clock.waits == attempts
+    written = [row["ppo/kl"] for row in strict_rows(tmp_path / "metrics.jsonl")]
+    assert written == ([0.0] if attempts is None else [0.0, 1.0])
+
+
+def test_another_fault_of_the_disk_is_told_at_once(tmp_path):
+    tracker = Tracker(tmp_path, "ppo", is_main=True)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(IsADirectoryError):
+        tracker.log({"kl": 1.0}, step=1)
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -1,0 +1,43 @@
+"""The seal of a checkpoint: size and SHA-256 of every file and what else is to be remembered, with a digest of itself.
+It is written last; without it a folder was never finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from alignkit.runtime.artifact import file_digest, intact, write_json
+
+SEAL = "sealed.json"
+
+
+def file_facts(file: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file that is on the disk, not only in the system's memory."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+    return {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+
+
+def write_seal(place: Path, seal: dict[str, Any]) -> None:
+    """Seal the folder `place`; seal["files"]: the facts of every file in it."""
+    write_json(place / SEAL, seal | {"sha256": _digest(seal)})
+
+
+def read_seal(place: Path) -> dict[str, Any]:
+    """What the seal says. Raises ValueError or OSError if it is not as it was written."""
+    seal = json.loads((place / SEAL).read_text("utf-8"))
+    if not isinstance(seal, dict) or seal.pop("sha256", None) != _digest(seal):
+        raise ValueError(f"{place / SEAL} was changed")
+    return seal
+
+
+def damaged_files(place: Path, seal: dict[str, Any]) -> list[str]:
+    """The files that the seal names and that are missing, cut off or changed."""
+    return [name for name, facts in seal["files"].items() if not intact(place / name, facts)]
+
+
+def _digest(seal: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(seal)), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,171 @@
+"""SFT and reward model on two gloo ranks: split by FSDP2 or whole in DDP, killed and resumed, here and elsewhere."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from trainer_world import STEPS, distance, make_base, make_job, rows_of, run, run_killed, weights_of
+
+from alignkit.runtime.sharding import Cluster
+
+REPOSITORY = Path(__file__).parents[2]
+RESUMED = ["fsdp-sft-llama-none", "ddp-sft-llama-none", "fsdp-sft-gpt2-lora", "fsdp-reward_model-gpt2-ia3"]
+BY_MICROBATCH = {"sft/entropy", "sft/mean_token_accuracy"}  # TRL's means over micro-batches, which ranks cut otherwise
+RESUMED_SLOW = [
+    "fsdp-sft-gpt2-bitfit", "fsdp-reward_model-gpt2-none", "fsdp-reward_model-gpt2-lora", "ddp-sft-gpt2-lora",
+    "ddp-sft-gpt2-bitfit", "ddp-sft-gpt2-prompt", "ddp-sft-gpt2-p_tuning", "ddp-reward_model-gpt2-none",
+    "ddp-reward_model-gpt2-prompt",
+]  # fmt: skip
+
+
+def ranks(root: Path, scenarios: list[str], count: int = 2, code: int = 0) -> None:
+    """Run scenarios of trainer_ranks.py, each of which leaves its findings in root."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)),
+        *(str(Path(__file__).with_name("trainer_ranks.py")), str(root), *scenarios),
+    ]
+    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert (done.returncode != 0) == bool(code), done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def found(root: Path, scenario: str) -> dict:
+    return json.loads((root / f"{scenario}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    made = Cluster.open()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Models to start from; `wide`: large enough that padding of shards does not count."""
+    root = tmp_path_factory.mktemp("trainers")
+    make_base(root / "llama", "llama")
+    make_base(root / "gpt2", "gpt2")
+    make_base(root / "wide", "llama", hidden_size=128, intermediate_size=256, tie_word_embeddings=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def root(bases, cluster):
+    """One process here, straight and killed; then one worker group for the whole file."""
+    straight = make_job("sft", bases / "llama", bases / "one-straight")
+    run(straight, cluster)
+    run_killed(replace(straight, out=bases / "one-killed"), cluster)
+    ranks(bases, [*RESUMED, "moved_here", "precision", "memory", "refused"])
+    return bases
+
+
+def check_resumed(root: Path, scenario: str) -> None:
+    result = found(root, scenario)
+    assert result["distance"] == 0.0
+    assert result["same_rows"] and result["same_results"]
+    steps = [row[f"{scenario.split('-')[1]}/step"] for row in result["rows"]]
+    assert steps[:STEPS] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("scenario", RESUMED)
+def test_killed_and_resumed_on_two_ranks_ends_in_the_same_bits_and_rows(root, scenario):
+    check_resumed(root, scenario)
+
+
+@pytest.mark.parametrize("scenario", RESUMED)
+def test_every_row_is_used_once_an_epoch_over_all_ranks(root, scenario):
+    """Also with dropout, which moves the generators of the ranks apart, and an order that is drawn from them."""
+    stage = scenario.split("-")[1]
+    tokens = [row[f"{stage}/num_tokens"] for row in found(root, scenario)["rows"] if f"{stage}/num_tokens" in row]
+    assert tokens[STEPS - 1] == 2 * tokens[STEPS // 2 - 1]
+
+
+@pytest.mark.slow
+def test_every_way_of_training_resumes_on_two_ranks_to_the_same_bits(bases):
+    ranks(bases, RESUMED_SLOW)
+    for scenario in RESUMED_SLOW:
+        check_resumed(bases, scenario)
+
+
+@pytest.mark.slow
+def test_four_ranks_split_over_pairs_resume_to_the_same_bits_and_hold_a_quarter_when_split_over_all(bases):
+    scenarios = ["hsdp-sft-gpt2-lora", "hsdp-reward_model-llama-none"]
+    ranks(bases, [*scenarios, "memory"], count=4)
+    for scenario in scenarios:
+        check_resumed(bases, scenario)
+    check_memory(bases, 4)
+
+
+@pytest.mark.slow
+def test_ranks_that_die_at_once_while_a_checkpoint_is_written_go_on(bases):
+    ranks(bases, ["died"], code=9)
+    ranks(bases, ["resumed"])
+    assert found(bases, "resumed") == {"distance": 0.0, "same_rows": True}
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
+def test_two_ranks_train_what_one_process_trains(root, layout):
+    """Weights, and what is told of every step; the names in the product are the same, a tied head is there once."""
+    one = make_job("sft", root / "llama", root / "one-straight")
+    two = replace(one, out=root / f"{layout}-sft-llama-none-straight")
+    assert distance(weights_of(two), weights_of(one)) < 1e-5
+    assert "lm_head.weight" not in weights_of(two)
+    check_rows(two, one)
+
+
+def check_rows(job, wanted) -> None:
+    for ours, theirs in zip(rows_of(job), rows_of(wanted), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in theirs.keys() - BY_MICROBATCH:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
+def test_one_process_goes_on_from_a_checkpoint_of_two_ranks(root, layout, cluster):
+    one = make_job("sft", root / "llama", root / "one-straight")
+    moved = replace(one, out=root / f"{layout}-sft-llama-none-killed")
+    run(moved, cluster)
+    assert distance(weights_of(moved), weights_of(one)) < 1e-5
+    check_rows(moved, one)
+
+
+def test_two_ranks_go_on_from_a_checkpoint_of_one_process(root):
+    assert found(root, "moved_here")["distance"] < 1e-5
+
+
+def check_memory(root: Path, count: int) -> None:
+    for rank in found(root, "memory")["ranks"]:
+        assert len(rank) == 2, "both stages"
+        for held in rank:
+            assert held["mine"] <= 1.05 * held["total"] / count
+            assert held["alive"] <= 1.05 * held["total"] / count + held["layer"]
+
+
+def test_weights_gradients_and_moments_are_divided_in_a_real_step_of_both_stages(root):
+    check_memory(root, 2)
+
+
+def test_activations_computed_twice_change_nothing(root):
+    results = found(root, "precision")
+    assert results["sft-twice"]["rows"] == results["sft-plain"]["rows"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_bfloat16_changes_little_and_weights_stay_in_float32(root, stage):
+    plain, short = (found(root, "precision")[f"{stage}-{name}"] for name in ("plain", "bfloat16"))
+    assert short["rows"] != plain["rows"] and short["dtypes"] == ["torch.float32"]
+    losses = [[row.get(f"{stage}/loss") for row in result["rows"]] for result in (short, plain)]
+    assert losses[0][:2] == pytest.approx(losses[1][:2], rel=0.02)
+    finest = 2**-11  # of the mean of four losses below 1 that are in bfloat16 themselves
+    assert any(loss % finest for loss in losses[0][:2]), "losses are computed in float32"
+
+
+def test_a_model_behind_learnt_tokens_is_refused_in_one_line(root):
+    told = found(root, "refused")["told"]
+    assert told == "peft.method=prompt: a model behind learnt tokens cannot be split: set sharding=none"
