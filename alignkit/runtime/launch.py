@@ -193,6 +193,7 @@ def worker_environment(launch: LaunchSettings, num_parameters: int | None) -> di
         TOKENIZERS_PARALLELISM="false",
         LOGLEVEL="CRITICAL",  # of torch.distributed.run, whose report on a failed rank is replaced by ours
         TORCH_ELASTIC_SHUTDOWN_TIMEOUT="5",  # seconds from its SIGTERM to its SIGKILL, from torch 2.13 on; else 30
+        TORCH_CPP_LOG_LEVEL="ERROR",  # DDP would advise against find_unused_parameters, which resuming needs
         PYTHONUNBUFFERED="1",
         ALIGNKIT_PARENT=str(os.getpid()),
         ALIGNKIT_TERMINAL="1" if sys.stderr.isatty() else "0",

@@ -98,7 +98,7 @@ def run_job(name: str, chain: Callable[[Run], None], raw: dict, resuming: bool =
 def _what_is_left(run: Run | None, saved: str) -> str:
     if run is None or not (run.folder / "config.yaml").is_file():
         return " before anything was begun"
-    return f": {saved}; `alignkit resume {shlex.quote(run._shown(run.folder))}` goes on"
+    return f": {saved}; `alignkit resume {shlex.quote(run.shown(run.folder))}` goes on"
 
 
 def report(message: str, code: int) -> int:

@@ -51,7 +51,7 @@ class Run:
         for old in () if self.resuming else earlier:
             (self.folder / old).unlink(missing_ok=True)
         (self.folder / "config.yaml").write_text(f"# alignkit {self.recipe}\n{as_yaml(self.raw)}", encoding="utf-8")
-        _say(f"run {self.name} ({self.recipe}) in {self._shown(self.folder)}")
+        _say(f"run {self.name} ({self.recipe}) in {self.shown(self.folder)}")
         if self._note:
             _say(self._note)
 
@@ -67,7 +67,7 @@ class Run:
         with self.store.locked(name, digest):
             product = None if self.config.force else self.store.find(name, digest)
             if product:
-                _say(f"{name}: reused {self._shown(product.path)} (same settings and inputs; force=true runs it again)")
+                _say(f"{name}: reused {self.shown(product.path)} (same settings and inputs; force=true runs it again)")
             else:
                 product = self._make(name, digest, inputs)
         link(self.folder / name, product.path)
@@ -180,7 +180,7 @@ class Run:
             ) from None
         return lock
 
-    def _shown(self, path: Path) -> str:
+    def shown(self, path: Path) -> str:
         """A path as the person would type it from here."""
         relative = os.path.relpath(path)
         return str(path) if relative.startswith("..") else relative

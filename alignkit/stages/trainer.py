@@ -75,7 +75,8 @@ def trainer_arguments(job: Job, settings: Any, cluster: Cluster, num_rows: int) 
         "dataloader_pin_memory": cuda,
         "gradient_checkpointing": cluster.activation_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "ddp_find_unused_parameters": False,
+        # With several ranks the buckets then stay as they are, and so the order of sums in a stage that goes on.
+        "ddp_find_unused_parameters": cluster.world_size > 1,
         "fsdp": split,
         "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"},  # it is wrapped already
         "seed": job.config.seed,

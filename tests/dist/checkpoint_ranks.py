@@ -26,6 +26,7 @@ from alignkit.models.adapters import add_adapter
 from alignkit.models.settings import PeftSettings
 from alignkit.observe.tracking import Tracker
 from alignkit.rollout.native import Native
+from alignkit.runtime import checkpoint
 from alignkit.runtime.checkpoint import Checkpoints
 from alignkit.runtime.settings import CheckpointSettings
 from alignkit.runtime.sharding import Cluster
@@ -196,20 +197,25 @@ def generators(place, cluster):
     return [cluster.gather(x).tolist() for x in (drawn, torch.rand(2))]
 
 
-def fault_of_the_last_rank(place, cluster):
-    """Its disk is full, those of the others are not. What is on the disk then, and after one more checkpoint."""
-    checkpoints, write = checkpoints_of(place, cluster, replace(WHEN, background=False)), FileSystemWriter.write_data
+def faults_of_one_rank(place, cluster):
+    """Only one rank's disk is full: that of the last one when it writes its part and when it reads it again, that of
+    rank 0 when it seals. What is on the disk then, and after one more checkpoint."""
+    checkpoints, last = checkpoints_of(place, cluster, replace(WHEN, background=False)), cluster.world_size - 1
+    moments = [(FileSystemWriter, "write_data", last), (checkpoint, "file_facts", last), (checkpoint, "write_seal", 0)]
+    tensors, left = {f"weight{i}": torch.zeros(3) for i in range(8)}, []  # each rank writes some of them
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    if cluster.rank == cluster.world_size - 1:
-        FileSystemWriter.write_data = fail
-    checkpoints.save(1, {"weight": torch.zeros(3)}, {})
-    FileSystemWriter.write_data = write
-    left = names(place)
-    checkpoints.save(2, {"weight": torch.zeros(3)}, {})
-    return [left, names(place)]
+    for number, (owner, name, rank) in enumerate(moments):
+        sound = getattr(owner, name)
+        if cluster.rank == rank:
+            setattr(owner, name, fail)
+        checkpoints.save(number, tensors, {})
+        setattr(owner, name, sound)
+        left.append(names(place))
+    checkpoints.save(9, tensors, {})
+    return [*left, names(place)]
 
 
 def names(place):
@@ -275,7 +281,7 @@ def unchanged_meanwhile(place, cluster):
     return {"moved": len(moved), "differing": differing(whole(other.tensors()), before)}
 
 
-FACTS = (went_on, damaged, refused, generators, fault_of_the_last_rank, asked, unchanged_meanwhile)
+FACTS = (went_on, damaged, refused, generators, faults_of_one_rank, asked, unchanged_meanwhile)
 
 
 def main(folder, *words):

@@ -94,8 +94,9 @@ def test_every_way_of_training_resumes_on_two_ranks_to_the_same_bits(bases):
 
 
 @pytest.mark.slow
-def test_four_ranks_split_over_pairs_resume_to_the_same_bits_and_hold_a_quarter_when_split_over_all(bases):
-    scenarios = ["hsdp-sft-gpt2-lora", "hsdp-reward_model-llama-none"]
+def test_four_ranks_resume_to_the_same_bits_and_hold_a_quarter_of_what_is_split_over_all(bases):
+    """Also split over pairs, and whole: there more than two numbers are summed, in an order that must not change."""
+    scenarios = ["hsdp-sft-gpt2-lora", "hsdp-reward_model-llama-none", "ddp-reward_model-gpt2-lora"]
     ranks(bases, [*scenarios, "memory"], count=4)
     for scenario in scenarios:
         check_resumed(bases, scenario)
@@ -120,10 +121,20 @@ def test_two_ranks_train_what_one_process_trains(root, layout):
 
 
 def check_rows(job, wanted) -> None:
-    for ours, theirs in zip(rows_of(job), rows_of(wanted), strict=True):
+    compare(rows_of(job), rows_of(wanted))
+
+
+def compare(rows: list[dict], wanted: list[dict]) -> None:
+    for ours, theirs in zip(rows, wanted, strict=True):
         assert ours.keys() == theirs.keys()
         for name in theirs.keys() - BY_MICROBATCH:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+
+
+def test_two_ranks_start_a_reward_model_from_the_same_fresh_head_as_one_process(root, cluster):
+    job = make_job("reward_model", root / "llama", root / "one-reward_model", every=None, epochs=0.5)
+    run(job, cluster)
+    compare(found(root, "precision")["reward_model-plain"]["rows"], rows_of(job))
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "ddp"])

@@ -53,7 +53,9 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def compared(stage: str, architecture: str, peft: str, cluster: Cluster, root: Path, name: str) -> dict:
     """A stage that runs to its end, and the same killed and resumed; the state in which it was killed is kept."""
-    base, changes = root / architecture, {"trainer": BY_LENGTH} if (stage, peft) == ("sft", "lora") else {}
+    base, changes = root / architecture, {"offload": peft == "ia3"}
+    if (stage, peft) == ("sft", "lora"):
+        changes["trainer"] = BY_LENGTH
     straight, broken = (
         make_job(stage, base, root / f"{name}-{kind}", peft, **changes) for kind in ("straight", "broken")
     )
