@@ -14,7 +14,9 @@ from alignkit.runtime.sharding import Cluster
 
 REPOSITORY = Path(__file__).parents[2]
 RESUMED = ["fsdp-sft-llama-none", "ddp-sft-llama-none", "fsdp-sft-gpt2-lora", "fsdp-reward_model-gpt2-ia3"]
-BY_MICROBATCH = {"sft/entropy", "sft/mean_token_accuracy"}  # TRL's means over micro-batches, which ranks cut otherwise
+BY_MICROBATCH = {  # TRL's means over micro-batches, which more ranks cut otherwise
+    *("sft/entropy", "sft/mean_token_accuracy", "reward_model/min_reward", "reward_model/max_reward"),
+}
 RESUMED_SLOW = [
     "fsdp-sft-gpt2-bitfit", "fsdp-reward_model-gpt2-none", "fsdp-reward_model-gpt2-lora", "ddp-sft-gpt2-lora",
     "ddp-sft-gpt2-bitfit", "ddp-sft-gpt2-prompt", "ddp-sft-gpt2-p_tuning", "ddp-reward_model-gpt2-none",
