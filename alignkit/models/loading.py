@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -209,23 +209,24 @@ def skeletons() -> Iterator[None]:
 _without_weights = False
 
 
-def _build(factory, config: PreTrainedConfig) -> nn.Module:
+def _build(factory, config: PreTrainedConfig, **options: Any) -> nn.Module:
     """A model of this config with random weights in float32, or among `skeletons` with none."""
     if not _without_weights:
-        return factory.from_config(config, dtype=torch.float32)
+        return factory.from_config(config, dtype=torch.float32, **options)
     with init_empty_weights(include_buffers=False):
-        model = factory.from_config(config, dtype=torch.float32)
+        model = factory.from_config(config, dtype=torch.float32, **options)
     model.tie_weights()  # outside: within, each assignment of a parameter makes another one
     return model
 
 
 def _load(factory, path: str | Path, **options: Any) -> nn.Module:
-    if _without_weights:
-        model = _build(factory, AutoConfig.from_pretrained(str(path), **options))
-        if (Path(path) / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(str(path))
-        return model
     try:
+        if _without_weights:
+            remote = {"trust_remote_code": options.get("trust_remote_code", False)}
+            model = _build(factory, AutoConfig.from_pretrained(str(path), **options), **remote)
+            with suppress(OSError):  # a model without one
+                model.generation_config = GenerationConfig.from_pretrained(str(path), revision=options.get("revision"))
+            return model
         model = factory.from_pretrained(str(path), dtype=torch.float32, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"no model could be loaded from '{path}': {first_line(error)}") from error

@@ -30,7 +30,7 @@ SECTIONS = {
     "ppo": ("peft", "data", "ppo", "ptx", "rollout", "reward", "shaping", "advantage", "kl"),
     "evaluate": ("data", "evaluate", "ppo", "rollout", "reward"),
 }
-STAGE_VERSION = {"sft": 1, "reward_model": 1, "ppo": 2, "evaluate": 2}  # raised by hand when a stage's result changes
+STAGE_VERSION = {"sft": 2, "reward_model": 2, "ppo": 2, "evaluate": 2}  # raised by hand when a stage's result changes
 WITHOUT_EFFECT = {  # settings that change how a result is computed or shown, not the result
     "sft": ("microbatch",),
     "reward_model": ("microbatch",),
@@ -154,7 +154,7 @@ class Store:
         """Seal the partial folder with a manifest and move it into place in one step."""
         partial, final = self.folder / f"{stage}-{digest}.partial", self.folder / f"{stage}-{digest}"
         files = {
-            str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+            str(file.relative_to(partial)): file_facts(file)
             for folder in ("model", "adapter")
             for file in sorted((partial / folder).rglob("*"))
             if file.is_file()
@@ -169,7 +169,8 @@ class Store:
             shutil.rmtree(old)
         else:
             partial.rename(final)
-        for left in (*(final / "state").glob("*checkpoint-*"), *(final / "state").glob(".checkpoint-*")):
+        sync_folder(self.folder)
+        for left in (final / "state").glob("*checkpoint-*"):
             shutil.rmtree(left)  # last, when the product is safe: they are several times its size
         return Artifact(final, digest, facts["metrics"])
 
@@ -209,7 +210,31 @@ def link_target(place: Path) -> str | None:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write JSON beside the file and move it into place, so that a reader never sees half of it."""
+    """Write JSON so that a reader never sees half of it."""
+    write_whole(file, json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write the text beside the file, wait until the disk has it, and move it into place."""
     fresh = file.with_name(f".{file.name}.new")
-    fresh.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    with fresh.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
     fresh.replace(file)
+
+
+def file_facts(file: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file that is on the disk, not only in the system's memory."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+    return {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk knows which files are in the folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -21,8 +21,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from alignkit.errors import UserError
+from alignkit.runtime.artifact import file_facts
 from alignkit.runtime.random_state import random_state, set_random_state
-from alignkit.runtime.seal import SEAL, damaged_files, file_facts, read_seal, write_seal
+from alignkit.runtime.seal import SEAL, damaged_files, read_seal, write_seal
 
 if TYPE_CHECKING:
     from alignkit.observe.tracking import Tracker

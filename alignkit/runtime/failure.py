@@ -77,9 +77,9 @@ def saved(folder: Path, reports: list[dict[str, Any]]) -> str:
 
 def _last_checkpoint(folder: Path) -> str:
     stage, note = folder.name.split("-")[0], folder / "logs" / "interrupted.json"
-    if note.is_file():
-        return f"{stage} saved a checkpoint after step {json.loads(note.read_text('utf-8'))['step']}"
     steps = [int(seal.parent.name.split("-")[1]) for seal in folder.glob("state/checkpoint-*/sealed.json")]
+    if note.is_file() and (step := json.loads(note.read_text("utf-8"))["step"]) in steps:
+        return f"{stage} saved a checkpoint after step {step}"
     if steps:
         return f"{stage} did not save a last checkpoint; it has the one after step {max(steps)}"
     return f"{stage} has no checkpoint yet and starts again; finished stages are kept"

@@ -29,16 +29,21 @@ PARTING = 60.0  # seconds that ranks elsewhere may need longer than those here
 APPEARING = 10.0  # seconds until a file that one machine wrote is seen on another
 
 
-def run_stage(job_file: Path, launch: LaunchSettings, num_parameters: int | None, team: Team | None = None) -> None:
+def run_stage(
+    job_file: Path, launch: LaunchSettings, num_parameters: int | None, team: Team | None = None
+) -> Stopped | None:
     """Run the job to its end, on all machines of the team. Raises StageFailed with the cause, or Stopped after a
-    signal, once the ranks have saved what they need to go on or the grace for it is over."""
+    signal, once the ranks have saved what they need to go on or the grace for it is over. A signal that came when the
+    stage was about to end well is returned, to be raised when its product is safe."""
+    team, folder = team or Team(), job_file.parent
+    forget(folder)
     if launch.inline:
         from alignkit.runtime.worker import run_job
 
         run_job(job_file)
-        return
-    team, folder = team or Team(), job_file.parent
-    forget(folder)
+        if not (folder / "result.json").is_file():  # a file `stop` asked for the end
+            raise Stopped(signal.SIGTERM, saved(folder, []))
+        return None
     with signals_to(noted := Noted()):
         port = team.begin(job_file, num_parameters)
         with Group(job_file, launch, num_parameters, port) as group:
@@ -46,10 +51,11 @@ def run_stage(job_file: Path, launch: LaunchSettings, num_parameters: int | None
         team.end_stage()
     whole = group.code == 0 and team.whole
     reports = [] if whole else [*reports_of(folder / "logs"), *team.reports]
+    if whole and (folder / "result.json").is_file():
+        return Stopped(noted.number) if noted.number else None
     if noted.number:
         raise Stopped(noted.number, saved(folder, reports))
-    if not whole or not (folder / "result.json").is_file():
-        raise failure(folder, reports, group.code)
+    raise failure(folder, reports, group.code)
 
 
 def _wait(group: "Group", team: Team, noted: Noted, stop: Path, grace: float) -> None:
@@ -137,7 +143,7 @@ class Group:
             *("--max-restarts", "0", "--nproc-per-node", launch.processes),
             *("-m", "alignkit.runtime.worker", job_file),
         ]
-        self.log = (self.logs / (f"machine{machine}.log" if machine else "rank0.log")).open("ab")
+        self.log = (self.logs / (f"machine{machine}.log" if machine else "rank0.log")).open("ab", buffering=0)
         self.process = subprocess.Popen(
             [str(word) for word in command],
             env=worker_environment(launch, num_parameters),
@@ -207,8 +213,8 @@ def _echo(source, log) -> None:
     """Copy what the ranks print to this terminal and to the log, as it comes."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     while chunk := source.read1(65536):
-        log.write(chunk)
-        log.flush()
-        with contextlib.suppress(OSError, UnicodeError):  # a closed terminal must not stop the run; the log has it all
+        with contextlib.suppress(OSError):  # a full disk must not stop the run, which goes on printing
+            log.write(chunk)
+        with contextlib.suppress(OSError, UnicodeError):  # nor a closed terminal; the log has it all
             sys.stdout.write(decoder.decode(chunk))
             sys.stdout.flush()

@@ -26,6 +26,11 @@ def across(parts: dict[str, Any], unknown: Callable[[str, str, list[str]], str])
     faults += _ppo_faults(ppo, parts["advantage"], parts["shaping"], parts["reward"], parts["kl"])
     peft, known = parts["peft"], parts["peft"].known_keys()
     faults += [unknown("peft.settings", key, known) for key in peft.settings if known and key not in known]
+    if sharding.offload_frozen and peft.method != "none":
+        faults.append(
+            f"sharding.offload_frozen=true: with peft.method={peft.method} reference and reward model are the trained "
+            "models without their adapters, so there is nothing to offload; set it to false"
+        )
     faults += peft.clashes(model.path or parts["policy"], launch.ranks)
     for name in ("sft", "reward_model"):
         if model.path is None and parts[name].max_length > model.context_length:

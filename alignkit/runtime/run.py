@@ -13,7 +13,16 @@ from alignkit import __version__
 from alignkit.errors import UserError
 from alignkit.models.settings import adapter_facts
 from alignkit.observe.wandb_sink import decide_mode
-from alignkit.runtime.artifact import Artifact, Store, link, link_target, open_artifact, stage_digest, write_json
+from alignkit.runtime.artifact import (
+    Artifact,
+    Store,
+    link,
+    link_target,
+    open_artifact,
+    stage_digest,
+    write_json,
+    write_whole,
+)
 from alignkit.runtime.compose import as_yaml
 from alignkit.runtime.config import RunConfig, with_sources
 from alignkit.runtime.launch import run_stage
@@ -50,7 +59,7 @@ class Run:
         earlier = ("sft", "reward_model", "ppo", "evaluate", "summary.json")  # of another run of this name
         for old in () if self.resuming else earlier:
             (self.folder / old).unlink(missing_ok=True)
-        (self.folder / "config.yaml").write_text(f"# alignkit {self.recipe}\n{as_yaml(self.raw)}", encoding="utf-8")
+        write_whole(self.folder / "config.yaml", f"# alignkit {self.recipe}\n{as_yaml(self.raw)}")
         _say(f"run {self.name} ({self.recipe}) in {self.shown(self.folder)}")
         if self._note:
             _say(self._note)
@@ -134,7 +143,7 @@ class Run:
         }
         write_json(partial / "job.json", job)
         self.made.append(name)
-        run_stage(partial / "job.json", self.config.launch, self._num_parameters(inputs), self.team)
+        stopped = run_stage(partial / "job.json", self.config.launch, self._num_parameters(inputs), self.team)
         metrics = json.loads((partial / "result.json").read_text("utf-8"))
         metrics["seconds"] = round(time.time() - began, 1)
         facts = {
@@ -146,6 +155,8 @@ class Run:
         }
         product = self.store.publish(name, digest, facts)
         _say(f"{name}: done in {metrics['seconds']:.0f} s")
+        if stopped:
+            raise stopped
         return product
 
     def _num_parameters(self, inputs: dict[str, Artifact]) -> int | None:

@@ -5,20 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from alignkit.runtime.artifact import file_digest, intact, write_json
+from alignkit.runtime.artifact import intact, write_json
 
 SEAL = "sealed.json"
-
-
-def file_facts(file: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file that is on the disk, not only in the system's memory."""
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
-    return {"bytes": file.stat().st_size, "sha256": file_digest(file)}
 
 
 def write_seal(place: Path, seal: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from alignkit.models.scalar import ScalarModel, score_sequences
 from alignkit.models.settings import refuse_in_ppo, refuse_stacking
 from alignkit.reward.model import RewardModel
 from alignkit.reward.source import RewardSource
-from alignkit.stages.optimizer import adamw
+from alignkit.stages.optimizer import OffloadedAdamW, adamw
 from alignkit.stages.settings import PPOSettings
 from alignkit.stages.state import AveragedWeights, PPOState
 
@@ -91,7 +91,8 @@ def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[s
     state = optimizer.state[parameter]
     if not state:
         state["step"] = torch.tensor(0.0)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        home = torch.device("cpu") if isinstance(optimizer, OffloadedAdamW) else parameter.device
+        state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter).to(home) for _ in range(2))
     return state
 
 

@@ -75,8 +75,7 @@ def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) 
             tracker.samples(rows[:8], step=done * settings.batch)
         progress.update(done, f"score {values['score_mean']:.2f}  KL {values['kl']:.2f}")
         told = told or (cluster.is_main and tell_value_clip(values, settings))
-        if done < settings.iterations:
-            save_if_asked(actors, checkpoints, config.checkpoint.every_iterations, time.monotonic() - began)
+        save_if_asked(actors, checkpoints, config.checkpoint.every_iterations, time.monotonic() - began)
     checkpoints.finish()
     if actors.ema is not None:
         actors.ema.swap(actors.policy)

@@ -35,6 +35,9 @@ OURS = {  # arguments of TRL that would go past settings of alignkit's own, and 
     **dict.fromkeys(("bf16", "fp16"), "compute_dtype"),
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), "sharding=fsdp2, hsdp or none"),
     **dict.fromkeys(("save_strategy", "save_steps", "save_total_limit", "enable_jit_checkpoint"), "checkpoint.*"),
+    "gradient_checkpointing": "sharding.activation_checkpointing",
+    "logging_strategy": "logging_steps, a small one, as checkpoints are made when a row is logged",
+    "output_dir": "runs_dir",
 }
 
 

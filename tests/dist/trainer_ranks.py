@@ -19,7 +19,6 @@ from transformers import TrainerCallback
 
 from alignkit.errors import UserError
 from alignkit.runtime.sharding import Cluster
-from alignkit.runtime.worker import _quiet_libraries
 from alignkit.stages import trainer as stage_trainer
 
 BY_LENGTH = {"train_sampling_strategy": "group_by_length"}  # an order that is drawn on every rank
@@ -173,7 +172,6 @@ SCENARIOS = {
 
 def main(root: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
-    _quiet_libraries()
     gc.freeze()  # the stages collect garbage; the modules are none
     world = int(os.environ["WORLD_SIZE"])
     layouts = {"fsdp": Cluster.open(shard_size="all"), "ddp": Cluster.open(shard_size=1)}
