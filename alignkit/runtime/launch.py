@@ -42,7 +42,7 @@ def run_stage(
 
         run_job(job_file)
         if not (folder / "result.json").is_file():  # a file `stop` asked for the end
-            raise Stopped(signal.SIGTERM, saved(folder, []))
+            raise failure(folder, [], 0)
         return None
     with signals_to(noted := Noted()):
         port = team.begin(job_file, num_parameters)

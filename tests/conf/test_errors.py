@@ -175,6 +175,13 @@ MISTAKES = {
         ["launch.processes=4", "sharding.shard_size=3", "sft.batch=64", "reward_model.batch=64"],
         ["launch.processes=4 must be a multiple of sharding.shard_size=3"],
     ),
+    "nothing to offload": (
+        ["sharding.offload_frozen=true", "peft=lora", "model.path=x"],
+        [
+            "sharding.offload_frozen=true: with peft.method=lora reference and reward model are the trained models "
+            "without their adapters, so there is nothing to offload; set it to false"
+        ],
+    ),
     "one response where a prompt needs several": (
         ["advantage=rloo"],
         [

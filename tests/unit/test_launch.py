@@ -3,6 +3,7 @@
 The ranks here are real processes of a stub stage (stub_stage.py).
 """
 
+import io
 import json
 import os
 import signal
@@ -33,7 +34,7 @@ from stub_stage import (
 import alignkit
 from alignkit.errors import StageFailed, UserError
 from alignkit.runtime.failure import failure, forget, reports_of, saved
-from alignkit.runtime.launch import SMALL_MODEL, run_stage, worker_environment
+from alignkit.runtime.launch import SMALL_MODEL, _echo, run_stage, worker_environment
 from alignkit.runtime.settings import LaunchSettings
 from alignkit.runtime.signals import Noted, Stopped, hand_on, raise_stopped, relay, signals_to
 
@@ -192,6 +193,8 @@ def test_what_is_left_of_an_interrupted_stage_is_told(tmp_path):
     fault = {"kind": "training", "rank": 0, "message": "the disk is full", "time": 1.0}
     assert saved(folder, [fault]).endswith("it has the one after step 8 (ppo: the disk is full)")
     (folder / "logs" / "interrupted.json").write_text('{"step": 12}')
+    assert saved(folder, []).endswith("it has the one after step 8"), "the disk may have been full"
+    (folder / "state" / "checkpoint-12" / "sealed.json").touch()
     assert saved(folder, []) == "ppo saved a checkpoint after step 12"
     by_hand = f"the file {folder / 'stop'} asked for an end: ppo saved a checkpoint after step 12"
     assert str(failure(folder, [], 0)) == by_hand
@@ -396,3 +399,9 @@ def test_ranks_find_this_alignkit_first_and_then_the_users_modules(monkeypatch, 
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
     paths = worker_environment(settings(), 1)["PYTHONPATH"].split(os.pathsep)
     assert paths == [str(Path(alignkit.__file__).parents[1]), str(tmp_path), "/somewhere"]
+
+
+def test_a_log_on_a_full_disk_holds_nobody_up(capsys):
+    with open("/dev/full", "ab", buffering=0) as log:
+        _echo(io.BufferedReader(io.BytesIO(b"iteration 1\niteration 2\n")), log)
+    assert capsys.readouterr().out == "iteration 1\niteration 2\n"
