@@ -3,6 +3,7 @@
 Nothing here imports torch before a fixture needs it: some tests check that validation leaves it out.
 """
 
+import logging
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; two threads on shared cores are slower than one
@@ -47,6 +48,17 @@ CONFIGS = {
         "initializer_range": 0.2,
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were():
+    """`--info` makes Hydra log to a stream that the test's end closes; later tests would see complaints about it."""
+    loggers = [logging.getLogger(), logging.getLogger("hydra")]
+    before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
+    yield
+    for logger, handlers, level in before:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -253,7 +254,7 @@ def power_cut(monkeypatch):
 
             return run
 
-        for place, name in ((Path, "rename"), (Path, "replace"), (Path, "write_text"), (shutil, "rmtree")):
+        for place, name in ((Path, "rename"), (Path, "replace"), (os, "fsync"), (shutil, "rmtree")):
             monkeypatch.setattr(place, name, before(getattr(place, name)))
 
     return arm
