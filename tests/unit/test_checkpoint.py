@@ -151,7 +151,7 @@ def test_generators_come_back_with_the_normal_number_that_each_holds_back(tmp_pa
 
 @pytest.fixture(scope="module")
 def saved_each_time(folders, cluster, unbroken, tmp_path_factory):
-    """A run that wrote a checkpoint after each iteration but the last."""
+    """A run that wrote a checkpoint after each iteration."""
     out = tmp_path_factory.mktemp("each")
     train(folders, cluster, out)
     return out
@@ -165,16 +165,17 @@ def test_saving_checkpoints_changes_nothing(saved_each_time, unbroken):
 
 @pytest.mark.parametrize("done", range(1, ITERATIONS + 1))
 def test_going_on_after_any_iteration_ends_with_the_same_bits(
-    saved_each_time, unbroken, folders, cluster, tmp_path, done
+    saved_each_time, unbroken, folders, cluster, tmp_path, done, capsys
 ):
     """Also where the power went after the last row but before the model was saved: later rows are written once."""
     assert 1 <= WARMUP < ITERATIONS - 1, "some iterations must be in the value warm-up and some after it"
     out = tmp_path / "ppo"
     shutil.copytree(saved_each_time, out)
-    for later in range(done + 1, ITERATIONS):
+    for later in range(done + 1, ITERATIONS + 1):
         shutil.rmtree(out / "state" / f"checkpoint-{later}")
     shutil.rmtree(out / "model")
     train(folders, cluster, out)
+    assert f"ppo: going on from iteration {done}\n" in capsys.readouterr().out
     assert result_of(out) == unbroken("full")
 
 
