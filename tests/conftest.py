@@ -89,3 +89,13 @@ def tiny_policy(tiny_tokenizer):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
     return build
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """This process alone, ready to shard."""
+    from alignkit.runtime.sharding import Cluster
+
+    cluster = Cluster.open()
+    yield cluster
+    cluster.close()

@@ -69,14 +69,15 @@ def length_controlled(outcomes: Tensor, ours: Tensor, theirs: Tensor) -> tuple[f
     return middle, low, high
 
 
-def mean_interval(values: Tensor) -> tuple[float, float, float]:
-    """Mean of independent values [n] with its 95% interval (normal approximation); n = 1 knows no interval: (v, v, v).
+def mean_interval(values: Tensor, *, share: bool = False) -> tuple[float, float, float]:
+    """Mean of independent values [n] with its 95% interval (normal approximation; `calibration.mean_interval` is for
+    values that hang together). n = 1 knows no interval: (v, v, v). share: of values in [0, 1], where the interval ends.
 
     Tests: test_comparison.py::test_a_mean_has_the_interval_of_its_standard_error
     """
     mean = float(values.double().mean())
     half = Z95 * float(values.double().std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return mean, mean - half, mean + half
+    return (mean, max(mean - half, 0.0), min(mean + half, 1.0)) if share else (mean, mean - half, mean + half)
 
 
 def best_of_n(score: Tensor, value: Tensor, n: int) -> Tensor:

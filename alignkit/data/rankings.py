@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alignkit.data.corpus import Demonstration, Pair, Prompt
@@ -71,9 +72,14 @@ def ranking(row: dict) -> Ranked:
 
 def by_ranking(pairs: list[Pair]) -> list[list[Pair]]:
     """Pairs that share a ranking together, every other one on its own, in the order of first appearance."""
-    groups: dict[object, list[Pair]] = {}
-    for number, pair in enumerate(pairs):
-        groups.setdefault(pair.ranking or number, []).append(pair)
+    return [[pairs[place] for place in group] for group in places_by_ranking(pairs)]
+
+
+def places_by_ranking(pairs: Sequence[Pair]) -> list[list[int]]:
+    """The same by the pairs' places."""
+    groups: dict[object, list[int]] = {}
+    for place, pair in enumerate(pairs):
+        groups.setdefault(pair.ranking or place, []).append(place)
     return list(groups.values())
 
 

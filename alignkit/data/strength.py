@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignkit.data.corpus import Pair
+from alignkit.data.rankings import places_by_ranking
 from alignkit.errors import UserError
 
 Treatment = Literal["smooth", "flip", "drop"]
@@ -33,24 +34,16 @@ def proposal(right: float) -> Literal["keep", "smooth", "flip"]:
 def half_of(pairs: Sequence[Pair], number: int, seed: int) -> list[int]:
     """Which pairs reward model `number` (1, 2, ...) learns from: a random half, and 2j the one that 2j - 1 left, so
     that of an even number of models half have not seen a pair."""
-    shuffled = wholes(pairs)
+    shuffled = places_by_ranking(pairs)
     random.Random(f"half-{seed}-{(number - 1) // 2}").shuffle(shuffled)
     middle = len(shuffled) // 2
     return sorted(place for whole in (shuffled[:middle] if number % 2 else shuffled[middle:]) for place in whole)
 
 
-def wholes(pairs: Sequence[Pair]) -> list[list[int]]:
-    """The places of pairs that stay together: those of one ranking, else each alone."""
-    found: dict[str | int, list[int]] = {}
-    for place, pair in enumerate(pairs):
-        found.setdefault(pair.ranking or place, []).append(place)
-    return list(found.values())
-
-
 def some_of(pairs: list[Pair], count: int, seed: int) -> list[Pair]:
     """A fixed draw of at most `count` pairs, whole rankings (the last one may go beyond)."""
     drawn: list[int] = []
-    order = wholes(pairs)
+    order = places_by_ranking(pairs)
     random.Random(f"some-{seed}").shuffle(order)
     for whole in order:
         if len(drawn) < count:

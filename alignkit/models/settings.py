@@ -168,3 +168,9 @@ def adapter_facts(folder: str | Path) -> dict[str, Any] | None:
     if facts is not None and not facts.get("base_model_name_or_path"):
         raise UserError(f"'{file}' has no base_model_name_or_path: write the place of the adapter's base there")
     return facts
+
+
+def stage_folder(path: str | Path) -> Path:
+    """The folder of a finished stage (or of a model from elsewhere), whatever link or `model/` inside names it."""
+    place = Path(path).expanduser().resolve()
+    return place.parent if place.name == "model" and (place.parent / "manifest.json").is_file() else place

@@ -77,6 +77,20 @@ def histogram_series(groups: dict[str, Sequence[float]], bins: int = 24) -> list
     return result
 
 
+def side_by_side(pictures: list[str], columns: int) -> str:
+    """Several pictures as one, in rows of so many."""
+    parts, top, width = [], 0.0, 0.0
+    for start in range(0, len(pictures), columns):
+        left, tallest = 0.0, 0.0
+        for picture in pictures[start : start + columns]:
+            size = picture.partition('viewBox="')[2].partition('"')[0].split()
+            place = f'<svg x="{left:g}" y="{top:g}" width="{size[2]}" height="{size[3]}" '
+            parts.append(picture.replace("<svg ", place, 1))
+            left, tallest = left + float(size[2]), max(tallest, float(size[3]))
+        top, width = top + tallest, max(width, left)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {top:g}">{"".join(parts)}</svg>\n'
+
+
 class _Axes:
     """Where numbers lie on the picture."""
 

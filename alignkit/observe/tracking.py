@@ -163,6 +163,18 @@ def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             time.sleep(0.1)
 
 
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A file of rows, one a line, as strict JSON: what is not finite becomes null."""
+    lines = [json.dumps(without_nonfinite(dict(row)), ensure_ascii=False, allow_nan=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_report(path: Path, content: Any) -> None:
+    """A file of one value for people and programs, as strict JSON: what is not finite becomes null."""
+    text = json.dumps(without_nonfinite(content), ensure_ascii=False, indent=2, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
 def without_nonfinite(value: Any) -> Any:
     """The value with None for every NaN and infinity, also inside lists and dicts."""
     if isinstance(value, float):

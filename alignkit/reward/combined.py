@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignkit.errors import UserError
+from alignkit.models.settings import stage_folder
 
 if TYPE_CHECKING:
     from alignkit.data.tokens import Encoder
@@ -23,14 +24,7 @@ def open_members(
     for name in sorted(members):
         path = getattr(members[name], "path", None)
         try:
-            opened[name] = members[name].open(folder if path is None else _stage(path), encoder, cluster)
+            opened[name] = members[name].open(folder if path is None else stage_folder(path), encoder, cluster)
         except UserError as error:
             raise UserError(f"member {name}: {error}") from error
     return opened
-
-
-def _stage(path: str) -> Path:
-    """The folder with the manifest, if `path` is its `model/`."""
-    folder = Path(path).expanduser().resolve()
-    inside = folder.name == "model" and (folder.parent / "manifest.json").is_file()
-    return folder.parent if inside else folder

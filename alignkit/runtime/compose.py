@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from alignkit.errors import UserError
 from alignkit.runtime.config import REFUSED, conf_dir
 
 STAMP = time.strftime("%Y%m%d-%H%M%S")  # of this process: the jobs of one sweep share it
@@ -178,14 +179,12 @@ def _leaves(node: dict, prefix: str = ""):
             yield from _leaves(value, f"{prefix}{key}.")
 
 
-def option(group: str, name: str, recipe: str) -> dict[str, Any]:
-    """The settings of one option of a group, as that recipe composes them. Raises Hydra's errors."""
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return OmegaConf.to_container(hydra.compose(recipe, [f"{group}={name}"])[group], resolve=True)
-
-
 def read_option(group: str, name: str) -> dict[str, Any]:
-    """The settings in one shipped file of a group, which has no defaults of its own: also while Hydra is at work."""
+    """The settings in one shipped file of a group, which has no defaults of its own: also while Hydra is at work.
+    Raises UserError if there is none."""
+    options = _options(conf_dir(), group)
+    if name not in options:
+        raise UserError(f"{group}={name}: no such option; options: {', '.join(options)}")
     return OmegaConf.to_container(OmegaConf.load(conf_dir() / group / f"{name}.yaml"))
 
 

@@ -5,11 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
 from alignkit.errors import UserError
-from alignkit.runtime.compose import explain, option
+from alignkit.runtime.compose import read_option
 from alignkit.runtime.config import conf_dir, with_changes
 from alignkit.runtime.recipe import report, run_job
 from alignkit.runtime.resume import parsed, read_run
@@ -39,7 +36,8 @@ def with_words(raw: dict[str, Any], words: list[str]) -> dict[str, Any]:
         section = word.lstrip("+").partition("=")[0].partition(".")[0]
         if section not in FREE and (section in raw or (conf_dir() / section).is_dir()):
             raise UserError(f"evaluate: {word} belongs to what the run has made already; free are {', '.join(FREE)}")
-    raw = with_changes(raw, {word.partition("=")[0]: _option(word) for word in groups})
+    options = (word.split("=", 1) for word in groups)
+    raw = with_changes(raw, {group: read_option(group, name) for group, name in options})
     for key, value in (parsed(word, "evaluate") for word in words if word not in groups):
         *path, last = key.split(".")
         node = raw
@@ -50,12 +48,3 @@ def with_words(raw: dict[str, Any], words: list[str]) -> dict[str, Any]:
                             f"{', '.join(raw.get(path[0], raw)) if path else ', '.join(FREE)}")  # fmt: skip
         raw = with_changes(raw, {key: value})
     return raw
-
-
-def _option(word: str) -> Any:
-    """The settings of an option of a group."""
-    group, _, name = word.partition("=")
-    try:
-        return option(group, name, "evaluate")
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, conf_dir(), "evaluate")) from error

@@ -51,10 +51,7 @@ def curve(samples: Samples) -> list[dict[str, float]]:
             "win_rate": best_of_n_win_rate(samples.reward, samples.judge, n),
         }
         for key, values in found.items():
-            found_here = mean_interval(values)
-            if key == "win_rate":
-                found_here = tuple(min(max(value, 0.0), 1.0) for value in found_here)
-            row |= dict(zip((key, f"{key}_low", f"{key}_high"), found_here))
+            row |= dict(zip((key, f"{key}_low", f"{key}_high"), mean_interval(values, share=key == "win_rate")))
         rows.append(row)
     return rows
 

@@ -14,7 +14,7 @@ from transformers import set_seed
 from alignkit.algo.batching import pad_right
 from alignkit.algo.losses import negative_log_likelihood
 from alignkit.algo.sequence import token_logprobs
-from alignkit.data.corpus import Corpus, Demonstration
+from alignkit.data.corpus import Corpus, Demonstration, Prompt
 from alignkit.data.tokens import Encoder
 from alignkit.models.adapters import merge, save_adapter
 from alignkit.models.loading import load_causal, load_scorer, require_context
@@ -82,6 +82,15 @@ def save_trained(model, encoder: Encoder, job: Job, base: str | Path | None, rev
 def sample_of(rows: Sequence, count: int, seed: int) -> list:
     """At most `count` rows, drawn without order from a seed."""
     return list(rows) if len(rows) <= count else random.Random(f"sample-{seed}").sample(list(rows), count)
+
+
+def prompts_within(
+    prompts: Sequence[Prompt], encoder: Encoder, longest: int
+) -> tuple[list[tuple[Prompt, list[int]]], int]:
+    """Prompts of 1 to `longest` tokens with their ids, and how many there are not."""
+    encoded = [(prompt, encoder.prompt(prompt)) for prompt in prompts]
+    kept = [(prompt, ids) for prompt, ids in encoded if 0 < len(ids) <= longest]
+    return kept, len(encoded) - len(kept)
 
 
 def encode_demonstrations(

@@ -4,7 +4,6 @@ climbed at the cost of what it stands for."""
 from __future__ import annotations
 
 import functools
-import json
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from alignkit.data.tokens import Encoder, show
 from alignkit.errors import TrainingError
 from alignkit.models.loading import load_encoder, model_folder
 from alignkit.observe.hacking import hacking_warnings
-from alignkit.observe.tracking import without_nonfinite
+from alignkit.observe.tracking import write_report, write_rows
 from alignkit.stages import best_of_n
 from alignkit.stages.actors import load_policy
 from alignkit.stages.common import encode_demonstrations, heldout_loss, prepare, sample_of
@@ -134,13 +133,12 @@ def beside_best_of_n(
     lies above best-of-n's at the policy's KL, where best-of-n reaches so far. (`win_rate` is over a response with the
     same noise, as two policies are best compared, so it is another quantity.)"""
     if cluster.is_main:
-        write(job, "best_of_n.json", rows)
+        write_report(job.out / "best_of_n.json", rows)
     last, there = rows[-1], best_of_n.at_kl(rows, kl)
     name = f"best_of_{last['n']}"
     found = {f"{name}_{key}": last[key] for key in ("kl", "win_rate", "win_rate_low", "win_rate_high")}
-    over = mean_interval(outcomes_of(ours[:, None], drawn.judge).mean(dim=1))
-    clipped = (min(max(value, 0.0), 1.0) for value in over)
-    found |= dict(zip((f"win_rate_over_samples{end}" for end in ("", "_low", "_high")), clipped))
+    over = mean_interval(outcomes_of(ours[:, None], drawn.judge).mean(dim=1), share=True)
+    found |= dict(zip((f"win_rate_over_samples{end}" for end in ("", "_low", "_high")), over))
     return found if there is None else {**found, "win_rate_above_best_of_n": over[0] - there}
 
 
@@ -163,14 +161,7 @@ def perplexities(models, corpus: Corpus, encoder: Encoder, job: Job, cluster: Cl
 def save(job: Job, cluster: Cluster, rows: list[dict[str, Any]], report: dict[str, Any] | None = None) -> None:
     """All responses side by side, two of them for the closing words, and the report."""
     if cluster.is_main:
-        lines = [json.dumps(without_nonfinite(row), ensure_ascii=False) for row in rows]
-        (job.out / "responses.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        write(job, "comparison.json", rows[:2])
+        write_rows(job.out / "responses.jsonl", rows)
+        write_report(job.out / "comparison.json", rows[:2])
         if report is not None:
-            write(job, "report.json", report)
-
-
-def write(job: Job, name: str, content: Any) -> None:
-    """Strict JSON in the stage's folder."""
-    text = json.dumps(without_nonfinite(content), ensure_ascii=False, indent=2, allow_nan=False)
-    (job.out / name).write_text(text + "\n", encoding="utf-8")
+            write_report(job.out / "report.json", report)

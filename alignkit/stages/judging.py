@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from alignkit.data.corpus import Corpus, Prompt
 from alignkit.data.tokens import Encoder
 from alignkit.errors import TrainingError
+from alignkit.models.settings import stage_folder
 from alignkit.reward.judge import FromData
 from alignkit.reward.outside import why
 from alignkit.reward.source import Answers, CombinedSource, RewardSource
@@ -47,11 +47,13 @@ class Judgement:
     theirs: Tensor | None
 
 
-def compare(judge: Judge, prompts: list[Prompt], ours: Responses, theirs: Responses) -> Judgement:
-    """Judge each pair of responses."""
+def compare(
+    judge: Judge, prompts: list[Prompt], ours: Responses, theirs: Responses, known: Tensor | None = None
+) -> Judgement:
+    """Judge each pair of responses; known: the judge's scores of `theirs`, where it has given them already."""
     if judge.score is None:
         return Judgement(judge.ask(prompts, ours.texts, theirs.texts), None, None)
-    mine, other = judge.score(prompts, ours), judge.score(prompts, theirs)
+    mine, other = judge.score(prompts, ours), judge.score(prompts, theirs) if known is None else known
     return Judgement(outcomes_of(mine, other), mine, other)
 
 
@@ -83,14 +85,8 @@ def is_climbed(judge: Any, reward: Any, job: Job) -> bool:
         return judge == reward or any(is_climbed(judge, member, job) for member in members.values())
     if not (hasattr(judge, "path") and hasattr(reward, "path")):
         return judge == reward
-    path = job.inputs.get("reward") if reward.path is None else open_folder(reward.path)
-    return path is not None and open_folder(path) == open_folder(job.inputs["judge"])
-
-
-def open_folder(path: str | Path) -> Path:
-    """The folder of a stage or model, whatever link or `model/` names it."""
-    place = Path(path).expanduser().resolve()
-    return place.parent if place.name == "model" and (place.parent / "manifest.json").is_file() else place
+    path = job.inputs.get("reward") if reward.path is None else stage_folder(reward.path)
+    return path is not None and stage_folder(path) == stage_folder(job.inputs["judge"])
 
 
 def asker_of(source, cluster: Cluster) -> Callable[[list[Prompt], list[str], list[str]], Tensor]:

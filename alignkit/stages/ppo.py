@@ -27,7 +27,7 @@ from alignkit.observe.metrics import reduce
 from alignkit.observe.progress import Progress
 from alignkit.reward.source import Answers
 from alignkit.stages.actors import Actors, load_actors, logprobs_of, sample, values_of
-from alignkit.stages.common import prepare, save_trained, show_example
+from alignkit.stages.common import prepare, prompts_within, save_trained, show_example
 from alignkit.stages.ppo_checks import check_rollout
 from alignkit.stages.ppo_looks import Looks
 from alignkit.stages.ppo_report import (
@@ -235,10 +235,9 @@ def shape(actors: Actors, rollout: Rollout, scored: ScoredRollout, config) -> tu
 
 def encode_prompts(prompts: list[Prompt], actors: Actors, longest: int, batch: int) -> list[tuple[Prompt, list[int]]]:
     """Prompts with their ids; those longer than `longest` tokens are left out and counted."""
-    encoded = [(prompt, actors.encoder.prompt(prompt)) for prompt in prompts]
-    kept = [(prompt, ids) for prompt, ids in encoded if 0 < len(ids) <= longest]
-    if actors.cluster.is_main and len(kept) < len(encoded):
-        count = f"{len(encoded) - len(kept)} of {len(encoded)}"
+    kept, left_out = prompts_within(prompts, actors.encoder, longest)
+    if actors.cluster.is_main and left_out:
+        count = f"{left_out} of {len(prompts)}"
         print(f"ppo: {count} prompts left out: empty or longer than ppo.max_prompt={longest}")
     if len(kept) < batch:
         raise UserError(

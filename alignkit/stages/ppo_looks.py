@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from alignkit.algo.comparison import win_rate
 from alignkit.data.corpus import Corpus, Prompt
 from alignkit.stages.judging import Judge, Scorer, compare, open_judge, scorer_of
@@ -20,14 +22,16 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Looks:
     """prompts: those of every look, which the last evaluation leaves out; before: what the start answered to them with
-    the same noise; reward: what PPO climbs; gold: the true score, where the data knows it."""
+    the same noise; judged: the judge's scores of that, if it gives any; reward: what PPO climbs; gold: the true score,
+    where the data knows it; start: what these say of the start, on average."""
 
     prompts: list[tuple[Prompt, list[int]]]
     before: Responses
     judge: Judge
+    judged: Tensor | None
     reward: Scorer
-    reward_start: float
     gold: Callable[[Prompt, str], float] | None
+    start: dict[str, float]
 
     @classmethod
     def open(cls, actors: Actors, corpus: Corpus, job: Job) -> Looks | None:
@@ -43,9 +47,14 @@ class Looks:
                 "over-optimisation; set judge=model judge.path=FOLDER, judge=http or another"
             )
         before = respond(actors.reference, None, prompts, actors.encoder, job.config, actors.cluster)
-        reward = scorer_of(actors.reward, job, actors.cluster)
-        start = float(reward([prompt for prompt, _ in prompts], before).mean())
-        return cls(prompts, before, judge, reward, start, corpus.gold)
+        texts, reward = [prompt for prompt, _ in prompts], scorer_of(actors.reward, job, actors.cluster)
+        start = {"reward": float(reward(texts, before).mean())}
+        judged = None if judge.score is None else judge.score(texts, before)
+        if judged is not None:
+            start["judge"] = float(judged.mean())
+        if corpus.gold is not None:
+            start["gold"] = mean_gold(corpus.gold, texts, before)
+        return cls(prompts, before, judge, judged, reward, corpus.gold, start)
 
     def look(self, actors: Actors, job: Job) -> dict[str, float]:
         """Metrics of the policy as it would be saved now; the best one so far is kept, and the state knows since when
@@ -55,23 +64,25 @@ class Looks:
             return {}
         if actors.ema is not None:
             actors.ema.swap(actors.policy)
+        texts = [prompt for prompt, _ in self.prompts]
         ours = respond(actors.policy, actors.reference, self.prompts, actors.encoder, job.config, actors.cluster)
-        verdict = compare(self.judge, [prompt for prompt, _ in self.prompts], ours, self.before)
+        verdict = compare(self.judge, texts, ours, self.before, self.judged)
         rate = win_rate(verdict.outcomes)
         found = {"eval_win_rate": rate.share, "eval_win_rate_low": rate.low, "eval_win_rate_high": rate.high}
-        found["eval_kl"] = float(ours.kl.mean())
-        scores = self.reward([prompt for prompt, _ in self.prompts], ours)
-        found |= {"eval_reward_mean": float(scores.mean()), "eval_reward_start": self.reward_start}
+        found |= {"eval_kl": float(ours.kl.mean()), "eval_reward_mean": float(self.reward(texts, ours).mean())}
+        found |= {f"eval_{name}_start": value for name, value in self.start.items()}
         if self.gold is not None:
-            golds = [self.gold(prompt, text) for (prompt, _), text in zip(self.prompts, ours.texts)]
-            found["eval_gold_mean"] = sum(golds) / len(golds)
-            golds = [self.gold(prompt, text) for (prompt, _), text in zip(self.prompts, self.before.texts)]
-            found["eval_gold_start"] = sum(golds) / len(golds)
+            found["eval_gold_mean"] = mean_gold(self.gold, texts, ours)
         if verdict.ours is not None:
-            found |= {"eval_judge_mean": float(verdict.ours.mean()), "eval_judge_start": float(verdict.theirs.mean())}
+            found["eval_judge_mean"] = float(verdict.ours.mean())
         gain = found.get("eval_judge_mean", rate.share)
-        if state.take_look(gain, start=found.get("eval_judge_start", 0.5)) and actors.best is not None:
+        if state.take_look(gain, start=self.start.get("judge", 0.5)) and actors.best is not None:
             actors.best.take(actors.policy)
         if actors.ema is not None:
             actors.ema.swap(actors.policy)
         return {**found, "eval_best_iteration": state.best_iteration}
+
+
+def mean_gold(gold: Callable[[Prompt, str], float], prompts: list[Prompt], responses: Responses) -> float:
+    """The true score of the responses, on average."""
+    return sum(map(gold, prompts, responses.texts)) / len(prompts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from alignkit.algo.control import AdaptiveKL
 from alignkit.algo.masked import moments
 from alignkit.algo.types import Advantages, Minibatch, Rollout, ScoredRollout, ShapedReward
 from alignkit.data.tokens import show
-from alignkit.observe.tracking import without_nonfinite
+from alignkit.observe.tracking import write_rows
 
 if TYPE_CHECKING:
     from alignkit.stages.actors import Actors
@@ -134,8 +133,7 @@ def save_evidence(folder: Path, batch: Minibatch, scored: ScoredRollout, samples
         {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()},
         folder / "batch.safetensors",
     )
-    lines = [json.dumps(without_nonfinite(row), ensure_ascii=False) for row in samples]
-    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_rows(folder / "samples.jsonl", samples)
 
 
 def tell_before(config, num_prompts: int) -> None:

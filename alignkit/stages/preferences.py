@@ -3,15 +3,15 @@ What Gao et al. 2022 (arXiv:2210.10760) train proxies on, with a reward model as
 
 from __future__ import annotations
 
-import json
 import random
 from typing import TYPE_CHECKING
 
 from alignkit.data.tokens import Encoder
 from alignkit.errors import UserError
 from alignkit.models.loading import load_encoder, model_folder
+from alignkit.observe.tracking import write_rows
 from alignkit.stages.actors import load_policy
-from alignkit.stages.common import prepare
+from alignkit.stages.common import prepare, prompts_within
 from alignkit.stages.judging import compare, open_judge
 from alignkit.stages.responses import respond
 
@@ -36,28 +36,27 @@ def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) 
     judge = open_judge(job, corpus, source, encoder, cluster)
     texts = [prompt for prompt, _ in prompts]
     outcomes = compare(judge, texts, first, second).outcomes
-    rows, ties = [], 0
+    rows, left_out = [], 0
     for prompt, a, b, outcome in zip(texts, first.texts, second.texts, outcomes.tolist()):
         if outcome == 0.5 or a == b or not (a.strip() and b.strip()):  # no row of a file may be empty
-            ties += 1
+            left_out += 1
             continue
         chosen, rejected = (a, b) if outcome == 1 else (b, a)
         rows += [{"prompt": prompt, "chosen": chosen, "rejected": rejected}, {"prompt": prompt, "response": a}]
     if cluster.is_main:
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        (job.out / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"preferences: {len(rows) // 2} pairs, {ties} left out (ties, or a side is empty); {judge.name} decided")
+        write_rows(job.out / "pairs.jsonl", rows)
+        left = f"{left_out} left out (ties, or a side is empty)"
+        print(f"preferences: {len(rows) // 2} pairs, {left}; {judge.name} decided")
     cluster.barrier()
-    return {"pairs": len(rows) // 2, "ties": ties}
+    return {"pairs": len(rows) // 2, "left_out": left_out}
 
 
 def drawn(prompts: list[Prompt], encoder: Encoder, job: Job) -> list[tuple[Prompt, list[int]]]:
     """As many prompts as pairs are wanted, each used equally often (one more at most), in random order."""
-    encoded = [(prompt, encoder.prompt(prompt)) for prompt in prompts]
-    fitting = [item for item in encoded if 0 < len(item[1]) <= job.config.ppo.max_prompt]
+    fitting, left_out = prompts_within(prompts, encoder, job.config.ppo.max_prompt)
     if not fitting:
         raise UserError(
-            f"preferences: none of {len(encoded)} prompts has at most ppo.max_prompt={job.config.ppo.max_prompt} "
+            f"preferences: none of {left_out} prompts has at most ppo.max_prompt={job.config.ppo.max_prompt} "
             "tokens: raise it"
         )
     order = random.Random(f"preferences-{job.config.seed}")

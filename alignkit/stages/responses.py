@@ -15,7 +15,7 @@ from alignkit.data.tokens import Encoder, show
 from alignkit.errors import UserError
 from alignkit.models.adapters import adapters_off
 from alignkit.stages.actors import WithoutAdapter, logprobs_of, sample, sampling_rule
-from alignkit.stages.common import sample_of
+from alignkit.stages.common import prompts_within, sample_of
 
 if TYPE_CHECKING:
     from alignkit.runtime.config import RunConfig
@@ -47,13 +47,12 @@ def heldout_prompts(
     prompts = corpus.heldout.prompts
     if config.ppo.evaluate_every is not None:
         prompts = [prompt for prompt in prompts if _is_validation(prompt) == (part == "validation")]
-    encoded = [(prompt, encoder.prompt(prompt)) for prompt in prompts]
-    kept = [(prompt, ids) for prompt, ids in encoded if 0 < len(ids) <= config.ppo.max_prompt]
-    if is_main and len(kept) < len(encoded):
-        print(f"evaluate: {len(encoded) - len(kept)} of {len(encoded)} held-out prompts left out: empty or too long")
+    kept, left_out = prompts_within(prompts, encoder, config.ppo.max_prompt)
+    if is_main and left_out:
+        print(f"evaluate: {left_out} of {len(prompts)} held-out prompts left out: empty or too long")
     if not kept:
         raise UserError(
-            f"evaluate: none of the {len(encoded)} held-out prompts has at most ppo.max_prompt="
+            f"evaluate: none of the {len(prompts)} held-out prompts has at most ppo.max_prompt="
             f"{config.ppo.max_prompt} tokens: raise it, or data.heldout"
         )
     return sample_of(kept, count, config.seed)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import TrainingError
 from alignkit.models.loading import read_manifest
+from alignkit.models.settings import stage_folder
 from alignkit.reward.gate import verdict
 
 if TYPE_CHECKING:
@@ -43,10 +44,5 @@ def reward_folders(reward: Any, chain: Path | None, name: str = "reward model") 
     if not hasattr(reward, "path"):
         return {}
     inside = name != "reward model"  # the path of the reward itself is what the chain hands on
-    folder = _stage(Path(reward.path).expanduser()) if inside and reward.path else chain
+    folder = stage_folder(reward.path) if inside and reward.path else chain
     return {} if folder is None else {name: folder}
-
-
-def _stage(folder: Path) -> Path:
-    """The folder with the manifest, where `folder` is its `model/`."""
-    return folder.parent if folder.name == "model" and (folder.parent / "manifest.json").is_file() else folder

@@ -4,7 +4,6 @@ likes, and the scale of its score. Figures go into the manifest, all else into r
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 from alignkit.algo import calibration
 from alignkit.algo.calibration import Estimate, rightness, share_interval
 from alignkit.algo.statistics import contrast_accuracy
-from alignkit.data.corpus import Corpus, Split
+from alignkit.data.corpus import Corpus
 from alignkit.data.tokens import Encoder
 from alignkit.errors import TrainingError, UserError
 from alignkit.observe.plot import histogram_series
 from alignkit.observe.reward_page import reward_page
-from alignkit.observe.tracking import without_nonfinite
+from alignkit.observe.tracking import without_nonfinite, write_report
 from alignkit.reward.bag_of_words import fit_bag_of_words
 from alignkit.reward.gate import verdict
 from alignkit.stages.actors import score_all
@@ -54,8 +53,7 @@ def measure(scorer: nn.Module, corpus: Corpus, encoder: Encoder, job: Job, clust
     }
     report = full_report(heldout, samples, metrics, seed)
     if cluster.is_main:
-        text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        (job.out / "report.json").write_text(text, encoding="utf-8")
+        write_report(job.out / "report.json", report)
         (job.out / "report.html").write_text(reward_page(report), encoding="utf-8")
         for warning in report["warnings"]:
             print(f"reward_model: warning: {warning}")
@@ -79,13 +77,9 @@ def reference_scores(corpus: Corpus, encoder: Encoder, job: Job, scores) -> Tens
     return reference
 
 
-def heldout_accuracy(split: Split, encoder: Encoder, max_length: int, scores, seed: int = 0) -> dict[str, float]:
-    """Share of held-out pairs in the right order. For labelled texts: over all pairs of a positive and a negative."""
-    return accuracy_metrics(score_heldout(split, encoder, max_length, scores, seed))
-
-
 def accuracy_metrics(heldout: Heldout) -> dict[str, float]:
-    """Accuracy with its interval, and the loss and margin of the pairs."""
+    """Share of held-out pairs in the right order (of labelled texts: over all pairs of a positive and a negative) with
+    its interval, and the loss and margin of the pairs."""
     return {
         "eval_accuracy": heldout.accuracy.value,
         "eval_accuracy_low": heldout.accuracy.low,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from alignkit.data.tokens import Encoder, show
 from alignkit.errors import UserError
 from alignkit.models.loading import load_encoder, model_folder, read_manifest
 from alignkit.models.scalar import load_scalar
+from alignkit.observe.tracking import write_rows
 from alignkit.stages.actors import score_all
 from alignkit.stages.common import prepare
 
@@ -52,8 +52,7 @@ def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) 
         raise UserError(f"none of {len(pairs)} training pairs is within reward_model.max_length={longest} tokens")
     counts = Counter(row["proposal"] for row in rows)
     if cluster.is_main:
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        (job.out / "strength.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_rows(job.out / "strength.jsonl", rows)
         text = "\n\n".join(readable(number, row) for number, row in enumerate(rows[:SHOWN], start=1))
         (job.out / "disagreements.txt").write_text(text + "\n", encoding="utf-8")
         proposed = ", ".join(f"{name} {counts[name]}" for name in ("keep", "smooth", "flip"))
@@ -78,10 +77,12 @@ def margins_of(pairs: list[Pair], folder, job: Job, cluster: Cluster) -> Tensor:
     scorer = cluster.place(lambda: load_scalar(model_folder(folder), encoder), trainable=False)
     sides = [encoder.pair(pair) for pair in pairs]
     fits = [i for i, two in enumerate(sides) if max(map(len, two)) <= settings.max_length]
+    result = torch.full((len(pairs),), math.nan, dtype=torch.float64)
+    if not fits:
+        return result
     chosen, rejected = (
         score_all(scorer, [sides[i][side] for i in fits], pad, 4 * settings.microbatch, cluster) for side in (0, 1)
     )
-    result = torch.full((len(pairs),), math.nan, dtype=torch.float64)
     result[fits] = (chosen - rejected).double()
     return result
 

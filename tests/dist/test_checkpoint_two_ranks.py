@@ -17,13 +17,6 @@ SAME = {"full": [], "lora": []}
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    cluster = Cluster.open()
-    yield cluster
-    cluster.close()
-
-
-@pytest.fixture(scope="module")
 def folder(cluster, tmp_path_factory):
     """Where checkpoints of all numbers of ranks lie; here one of one rank."""
     folder = tmp_path_factory.mktemp("checkpoints")

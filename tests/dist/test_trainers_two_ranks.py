@@ -54,13 +54,6 @@ def found(root: Path, scenario: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    made = Cluster.open()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """Models to start from; `wide`: large enough that padding of shards does not count."""
     root = tmp_path_factory.mktemp("trainers")

@@ -10,16 +10,8 @@ from alignkit.algo.sampling import SamplingRule
 from alignkit.models.loading import make_encoder, scorer_from_policy
 from alignkit.models.scalar import ScalarModel
 from alignkit.reward.model import ModelSource
-from alignkit.runtime.sharding import Cluster
 from alignkit.stages.actors import Actors
 from alignkit.stages.state import PPOState
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    cluster = Cluster.open()
-    yield cluster
-    cluster.close()
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,7 @@ def test_a_mean_has_the_interval_of_its_standard_error():
     assert mean == 3.0
     assert high - mean == pytest.approx(1.959963984540054 * spread / 2, rel=1e-12)
     assert mean_interval(torch.tensor([2.0])) == (2.0, 2.0, 2.0)
+    assert mean_interval(torch.tensor([1.0, 1.0, 0.4]), share=True)[2] == 1.0
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6])

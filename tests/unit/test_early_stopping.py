@@ -8,17 +8,9 @@ from alignkit.data.corpus import Pair
 from alignkit.errors import UserError
 from alignkit.models.loading import load_encoder
 from alignkit.models.scalar import load_scalar, score_sequences
-from alignkit.runtime.sharding import Cluster
 from alignkit.stages import reward_model
 from alignkit.stages.early_stopping import EarlyStopping
 from alignkit.stages.ranking_trainer import encode_rankings
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    made = Cluster.open()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

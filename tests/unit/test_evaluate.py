@@ -381,14 +381,14 @@ def test_the_policy_that_the_judge_liked_most_is_kept(make_actors, monkeypatch, 
     start = float(sum(value.sum() for value in actors.cluster.full_state(actors.policy).values()))
     opinions = iter(liked)
 
-    def opinion(judge, prompts, ours, theirs):
+    def opinion(judge, prompts, ours, theirs, known):
         mine = torch.full((3,), next(opinions), dtype=torch.float64)
         return Judgement(torch.ones(3), mine, torch.full((3,), 0.5, dtype=torch.float64))
 
     monkeypatch.setattr(ppo_looks, "compare", opinion)
     prompts = encoded(actors, PROMPTS[:3])
     reward = lambda prompts, side: torch.zeros(3)  # noqa: E731
-    looks = ppo_looks.Looks(prompts, None, Judge("gold", reward), reward, 0.0, None)
+    looks = ppo_looks.Looks(prompts, None, Judge("gold", reward), None, reward, None, {"reward": 0.0, "judge": 0.5})
     job, sums = SimpleNamespace(config=config), {0: start}
     for iteration in range(1, 7):
         actors.state.iteration = iteration

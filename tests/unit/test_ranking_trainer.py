@@ -12,15 +12,7 @@ from trl import RewardConfig, RewardTrainer
 from alignkit.data.corpus import Pair
 from alignkit.data.rankings import Ranked
 from alignkit.models.loading import load_encoder, make_encoder, scorer_from_policy
-from alignkit.runtime.sharding import Cluster
 from alignkit.stages.ranking_trainer import RankingCollator, RankingTrainer, encode_rankings
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    made = Cluster.open()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from alignkit.errors import UserError
 from alignkit.models.loading import make_encoder
 from alignkit.observe.closing import table
 from alignkit.observe.progress import Progress, duration
-from alignkit.stages import reward_report
 from alignkit.stages.common import encode_demonstrations
-from alignkit.stages.heldout import usable
+from alignkit.stages.heldout import score_heldout, usable
+from alignkit.stages.reward_report import accuracy_metrics
 
 TURN = [{"role": "user", "content": "why?"}]
 
@@ -50,7 +50,7 @@ def test_accuracy_is_over_the_whole_held_out_set_with_its_interval(encoder):
     def length(rows):  # a scorer that prefers more tokens
         return torch.tensor([float(len(row)) for row in rows])
 
-    metrics = reward_report.heldout_accuracy(Split([], pairs, []), encoder, 60, length)
+    metrics = accuracy_metrics(score_heldout(Split([], pairs, []), encoder, 60, length, 0))
     assert metrics["eval_accuracy"] == 0.5  # each pair is there both ways round
     assert metrics["eval_pairs"] == 12
     assert metrics["eval_accuracy_low"] == pytest.approx(0.25378, abs=1e-5)  # Wilson, 6 of 12
@@ -62,7 +62,7 @@ def test_labelled_texts_are_compared_each_with_each(encoder):
     def length(rows):
         return torch.tensor([float(len(row)) for row in rows])
 
-    metrics = reward_report.heldout_accuracy(split, encoder, 60, length)
+    metrics = accuracy_metrics(score_heldout(split, encoder, 60, length, 0))
     texts = [[len(encoder.response("", text)) for text in side] for side in split.contrast]
     expected = sum((p > n) + 0.5 * (p == n) for p in texts[0] for n in texts[1]) / 4
     assert metrics["eval_accuracy"] == expected and metrics["eval_pairs"] == 4
@@ -70,7 +70,7 @@ def test_labelled_texts_are_compared_each_with_each(encoder):
 
 def test_no_held_out_pair_left_is_an_error(encoder):
     with pytest.raises(UserError, match="no held-out preference pairs are left"):
-        reward_report.heldout_accuracy(Split([], [], []), encoder, 60, None)
+        score_heldout(Split([], [], []), encoder, 60, None, 0)
 
 
 def test_table_shows_what_the_run_has():
