@@ -37,9 +37,19 @@ def deal(lengths: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
     return hands.clamp(min=0), hands >= 0
 
 
-def length_order(mask: Tensor) -> Tensor:
-    """Row numbers from the shortest to the longest: micro-batches cut from this order hold little padding."""
-    return mask.sum(dim=1).argsort(stable=True)
+def token_cuts(lengths: Tensor, budget: int) -> list[int]:
+    """How many rows each micro-batch takes, cut from rows that get longer: as many as fit into `budget` tokens, padding
+    to the longest counted; a row that is longer than that is alone. lengths [n] ascending; the result adds up to n.
+
+    Tests:  test_batching.py::test_micro_batches_hold_no_more_than_their_budget
+    """
+    sizes: list[int] = []
+    for length in lengths.tolist():
+        if sizes and (sizes[-1] + 1) * length <= budget:
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+    return sizes
 
 
 def permutation(n: int, *seeds: int) -> Tensor:

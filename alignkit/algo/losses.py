@@ -53,6 +53,25 @@ def clipped_policy_loss(
     return -gain, gain != free
 
 
+def truncated_importance(logprobs: Tensor, engine_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """Weight of a token that the engine sampled from a slightly different distribution than the policy's.
+
+        w_t = min(exp(logprobs_t - engine_logprobs_t), cap)
+
+    Shapes:  all [B, R]; mask bool. Returns [B, R], 0 on padding, no gradient; it multiplies the clipped surrogate.
+    Raises:  ValueError if shapes differ, if mask is not bool, or unless cap >= 1.
+    Source:  Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; truncation:
+             Ionides 2008, "Truncated importance sampling".
+    Tests:   test_losses.py::test_truncated_importance_by_hand
+    """
+    same_shape(logprobs=logprobs, engine_logprobs=engine_logprobs, mask=mask)
+    require_bool(mask=mask)
+    if cap < 1:
+        raise ValueError(f"cap must be at least 1, got {cap}")
+    log_ratio = torch.where(mask, logprobs - engine_logprobs, 0.0).detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return torch.where(mask, log_ratio.exp().clamp(max=cap), 0.0)
+
+
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float | None
 ) -> tuple[Tensor, Tensor]:

@@ -23,12 +23,13 @@ class SamplingRule:
         """[S] int64 on `device`."""
         return torch.tensor(self.stop_ids, dtype=torch.long, device=device)
 
-    def apply(self, logits: Tensor, start: int) -> Tensor:
-        """Logits of the distribution that is sampled. logits [B, n, V] of response positions start .. start + n - 1."""
-        logits = (logits if logits.dtype == torch.float64 else logits.float()) / self.temperature
-        forbidden = min(max(self.min_response - start, 0), logits.shape[1])
-        if forbidden:
-            early = (torch.arange(logits.shape[1], device=logits.device) < forbidden)[None, :, None]
+    def apply(self, logits: Tensor, place: Tensor | int) -> Tensor:
+        """Logits [..., V] of the distribution that is sampled. place [...]: tokens before it in its response."""
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        if self.min_response and (isinstance(place, Tensor) or place < self.min_response):
+            early = torch.as_tensor(place, device=logits.device)[..., None] < self.min_response
             stop = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
             stop[self.stops(logits.device)] = True
             logits = logits.masked_fill(early & stop, float("-inf"))
@@ -52,18 +53,21 @@ def uniform_noise(seed: int, iteration: int, index: Tensor, num_positions: int) 
     return (_shift(bits, 12).double() + 0.5) * 2.0**-52  # 53 bits would round up to 1
 
 
-def draw(logits: Tensor, noise: Tensor) -> Tensor:
-    """The token at which the cumulative probability passes `noise`, in float64.
+def draw(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The token at which the cumulative probability passes `noise`, in float64, and its log-probability.
 
-    Shapes: logits [B, V] after the sampling rule, noise [B] in (0, 1) -> [B] int64. A token of probability 0 is never
-    drawn. In float64 the choice does not depend on how the batch was laid out, but for the last bits of the logits.
+    Shapes: logits [B, V] after the sampling rule, noise [B] in (0, 1) -> [B] int64, [B] float64 nats. A token of
+    probability 0 is never drawn. In float64 the choice does not depend on how the batch was laid out, but for the last
+    bits of the logits.
     Source: inversion of the distribution function (Devroye 1986, "Non-uniform random variate generation").
     Tests:  test_sampling.py::test_a_draw_is_the_inverse_of_the_cumulative_probability,
             test_sampling.py::test_a_draw_follows_the_probabilities
     """
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    probabilities = logits.double().softmax(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
     threshold = noise[:, None] * cumulative[:, -1:]
-    return (cumulative <= threshold).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+    token = (cumulative <= threshold).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+    return token, probabilities.gather(-1, token[:, None]).squeeze(-1).log()
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

@@ -24,12 +24,14 @@ class PromptBatch:
 @dataclass(frozen=True)
 class Rollout:
     """tokens [B, T] and mask [B, T] of prompt and response together; response_mask [B, R] is True up to and
-    including the stop token; finished [B]: a stop token was sampled within R tokens."""
+    including the stop token; finished [B]: a stop token was sampled within R tokens; engine_logprobs [B, R]: of the
+    sampled tokens, as whatever sampled them says, 0 on padding."""
 
     tokens: Tensor
     mask: Tensor
     response_mask: Tensor
     finished: Tensor
+    engine_logprobs: Tensor
 
     @property
     def prompt_width(self) -> int:
@@ -42,7 +44,7 @@ class Rollout:
 
     def take(self, index: Tensor) -> "Rollout":
         """The given rows, as wide as all."""
-        return Rollout(self.tokens[index], self.mask[index], self.response_mask[index], self.finished[index])
+        return Rollout(*(getattr(self, field.name)[index] for field in fields(self)))
 
     def rows(self, index: Tensor) -> "Rollout":
         """The given rows, trimmed to the longest prompt and response among them."""
@@ -52,6 +54,7 @@ class Rollout:
             mask=self.mask[index][:, keep],
             response_mask=self.response_mask[index][:, :length],
             finished=self.finished[index],
+            engine_logprobs=self.engine_logprobs[index][:, :length],
         )
 
 
@@ -86,7 +89,7 @@ class Advantages:
 @dataclass(frozen=True)
 class Minibatch:
     """The rows of one optimizer step (or of one micro-batch of it) on this rank; fields as above, value_mask the slots
-    that have a value."""
+    that have a value, importance [B, R] the weight of each token in the policy's loss."""
 
     tokens: Tensor
     mask: Tensor
@@ -96,6 +99,7 @@ class Minibatch:
     ref_logprobs: Tensor
     old_values: Tensor
     advantages: Tensor
+    importance: Tensor
     returns: Tensor
 
     def __len__(self) -> int:

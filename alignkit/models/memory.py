@@ -1,7 +1,9 @@
 """Which memory a forward and a backward take, counted without taking any: the real code runs on the meta device, whose
 tensors have shapes and no data, and every storage is followed from the operation that makes it until nothing holds it.
+Token ids and masks stay on the CPU with their data, as code looks at those.
 
-Counted as on a GPU: attention as a fused kernel (no [heads, T, T] matrix), with the mask that padded rows need.
+Counted as on a GPU: attention as a fused kernel (no [heads, T, T] matrix), with the mask that padded rows need wherever
+one of padding is given.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from alignkit.models.policy import read_logprobs
 
 ATTENTION = "alignkit_counted"  # the name of the attention below, as `attn_implementation`
 KINDS = ("activations", "logits", "gathered")
@@ -57,7 +61,12 @@ class LiveBytes(TorchDispatchMode):
             self._kind = before
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
+            return True  # transformers asks whether positions go up one by one, and so they do
+        given = (args, kwargs or {})
+        if len({leaf.device for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}) > 1:
+            given = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), given)
+        out = func(*given[0], **given[1])
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
                 self._follow(tensor.untyped_storage(), tensor)
@@ -105,7 +114,7 @@ class Gathering:
     """
 
     def __init__(self, model: nn.Module, live: LiveBytes, shards: int, *, keep_root: bool = True) -> None:
-        self.live, self.shards = live, shards
+        self.model, self.live, self.shards = model, live, shards
         self.trained = any(p.requires_grad for p in model.parameters())
         self.keep_root = keep_root and self.trained
         self.units = units_of(model)
@@ -119,6 +128,7 @@ class Gathering:
         self.hooks: list[Any] = []
 
     def __enter__(self) -> Gathering:
+        self.model.logprobs_at = self._logprobs_at
         for unit, (module, weights) in enumerate(self.units):
             self.hooks += [
                 module.register_forward_pre_hook(lambda *_, unit=unit: self._gather(unit)),
@@ -132,8 +142,16 @@ class Gathering:
         return self
 
     def __exit__(self, *_) -> None:
+        del self.model.logprobs_at
         for hook in self.hooks:
             hook.remove()
+
+    def _logprobs_at(self, *inputs: Any) -> tuple[Tensor, ...]:
+        """The method that `Cluster.shard` gives a policy: the root's hooks run around it."""
+        self._gather(self.root)
+        output = read_logprobs(self.model, *inputs)
+        self._after_forward(self.root, output)
+        return output
 
     def _empty(self, unit: int, *, dtype: torch.dtype | None = None, share: int = 1) -> Tensor:
         weights = self.units[unit][1]
@@ -239,18 +257,19 @@ class _Fused(torch.autograd.Function):
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_):
-    """transformers' scaled-dot-product attention, the kernel itself apart: with a mask and several queries the
-    key-value heads are repeated for the heads that share them."""
-    if attention_mask is not None and query.shape[2] > 1:
+    """transformers' scaled-dot-product attention, the kernel itself apart: for several queries the key-value heads are
+    repeated for the heads that share them, unless the kernel can do without (as it can if there is no mask)."""
+    if query.shape[2] > 1 and not use_gqa_in_sdpa(attention_mask, key, value):
         key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
     query, key = (x.to(value.dtype) for x in (query, key))  # where autocast has made only the values short
     out = _Fused.apply(query, key, value, attention_mask)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _mask(*args: Any, **options: Any) -> Tensor:
-    """The mask of padded rows: on the meta device nobody can look whether there is padding."""
-    return sdpa_mask(*args, **{**options, "allow_is_causal_skip": False})
+def _mask(*, attention_mask: Tensor | None, allow_is_causal_skip: bool, **options: Any) -> Tensor | None:
+    """transformers' mask; where one of padding is given, there is taken to be some."""
+    skip = allow_is_causal_skip and attention_mask is None
+    return sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=skip, **options)
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignkit.algo.sequence import last_token_index, position_ids
+from alignkit.algo.sequence import last_token_index
 from alignkit.data.tokens import Encoder
 from alignkit.errors import UserError
 from alignkit.models.adapters import adapters_off, add_adapter
 from alignkit.models.loading import disable_dropout, load_encoder, load_scorer, scalar_head
+from alignkit.models.policy import hidden_at
 from alignkit.models.pooled import pools
 from alignkit.models.settings import PeftSettings
 from alignkit.models.tokenizer import same_tokens
@@ -33,8 +34,8 @@ class ScalarModel(nn.Module):
         self.config = classifier.config
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """tokens [B, T] int64, mask [B, T] bool -> [B, T]; positions under a False mask hold no meaning."""
-        return self.head(self.hidden(tokens, mask)).squeeze(-1) + self.bias
+        """tokens [B, T] int64, mask [B, T] bool -> [B, T], 0 under a False mask."""
+        return self.spread(self.head(self.hidden(tokens, mask)) + self.bias, mask)
 
     @property
     def head(self) -> nn.Linear:
@@ -42,10 +43,13 @@ class ScalarModel(nn.Module):
         return scalar_head(self.classifier)
 
     def hidden(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Last hidden states [B, T, d] of the backbone; to be called from `forward` alone."""
-        return self.classifier.base_model(
-            input_ids=tokens, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
-        ).last_hidden_state
+        """Last hidden states [n, d] of the n real tokens, row by row; to be called from `forward` alone."""
+        return hidden_at(self.classifier.base_model, tokens, mask, mask)
+
+    @staticmethod
+    def spread(scalars: Tensor, mask: Tensor) -> Tensor:
+        """[n, 1] of the real tokens -> [B, T]."""
+        return scalars.new_zeros(mask.shape).masked_scatter(mask, scalars)
 
     def absorb_affine(self, mean: float, std: float) -> None:
         """Make the output (scalar - mean) / std, so that a value model copied from a reward model starts in the units
@@ -81,7 +85,7 @@ class SharedScalar(ScalarModel):
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """See `ScalarModel.forward`: the value; inside `score`, the reward model's scalar."""
         if self.scores:
-            return scalar_head(self.classifier)(self.hidden(tokens, mask)).squeeze(-1)
+            return self.spread(scalar_head(self.classifier)(self.hidden(tokens, mask)), mask)
         return super().forward(tokens, mask)
 
     @property

@@ -24,6 +24,7 @@ STEP_KEYS = {
     "preferences": "preferences/prompts",
     "strength": "strength/pairs",
     "evaluate": "evaluate/prompts",
+    "bench": "bench/updates",
 }
 """The x-axis of each stage: optimizer steps, or how many episodes or prompts the stage has seen."""
 PATIENCE = 60.0

@@ -65,9 +65,9 @@ class RewardModel:
 
         if peft is not None:
             shared = cluster.place(both, trainable=True)
-            return ModelSource(shared.score, mean, std, lambda: shared)
+            return ModelSource(shared.score, mean, std, cluster, lambda: shared)
         scorer = cluster.place(lambda: load_scalar(model_folder(folder), encoder), trainable=False)
-        return ModelSource(scorer, mean, std, lambda: cluster.place(fresh_value, trainable=True))
+        return ModelSource(scorer, mean, std, cluster, lambda: cluster.place(fresh_value, trainable=True))
 
 
 def units(folder: Path, normalise: Normalise) -> tuple[float, float]:
@@ -100,6 +100,7 @@ class ModelSource:
     model: Callable[[Tensor, Tensor], Tensor]
     mean: float
     std: float
+    cluster: Cluster
     initial_value: Callable[[], nn.Module] | None = None
     collective = True
 
@@ -107,12 +108,11 @@ class ModelSource:
         """See `RewardSource.score`; the score is read at the response's last token."""
         import torch
 
-        from alignkit.algo.batching import length_order
         from alignkit.models.scalar import score_sequences
 
         rollout = answers.rollout
-        order = length_order(rollout.mask)
-        parts = [rollout.rows(rows) for rows in order.split(microbatch)]
+        micros = self.cluster.microbatches(rollout.mask.sum(dim=1), microbatch)
+        parts = [rollout.rows(rows) for rows in micros]
         scores = [score_sequences(self.model, p.tokens, p.mask, mean=self.mean, std=self.std) for p in parts]
-        joined = torch.cat(scores)[order.argsort()]
+        joined = torch.cat(scores)[torch.cat(micros).argsort()]
         return joined.to(torch.promote_types(joined.dtype, torch.float32))

@@ -47,7 +47,8 @@ class RenderedSource:
             fault = str(error)
         if self.cluster.any(bool(fault)):
             raise UserError(next(filter(None, self.cluster.gather_objects(fault))))
-        return (score_ids(self.model, rows, self.encoder, microbatch, self.cluster.device) - self.mean) / self.std
+        micros = self.cluster.microbatches(torch.tensor([len(row) for row in rows]), microbatch)
+        return (score_ids(self.model, rows, self.encoder, micros, self.cluster.device) - self.mean) / self.std
 
 
 def render(encoder: Encoder, prompt: Prompt, response: str, finished: bool) -> list[int]:
@@ -68,17 +69,15 @@ def require_positions(model: ScalarModel | PooledScalar, tokens: int) -> None:
 
 
 def score_ids(
-    model: ScalarModel | PooledScalar, rows: list[list[int]], encoder: Encoder, microbatch: int, device: torch.device
-) -> Tensor:
-    """One score for each row of ids, [n] in float32 or better."""
-    pad, order = encoder.tokenizer.pad_token_id, sorted(range(len(rows)), key=lambda row: len(rows[row]))
-    scores = []
-    for start in range(0, len(rows), microbatch):
-        tokens, mask = pad_right(
-            [rows[i] for i in order[start : start + microbatch]], encoder.end_id if pad is None else pad
-        )
+    model: ScalarModel | PooledScalar, rows: list[list[int]], encoder: Encoder, micros: list[Tensor],
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """One score for each row of ids, [n] in float32 or better. micros: the rows of each micro-batch."""
+    pad, scores = encoder.tokenizer.pad_token_id, []
+    for micro in micros:
+        tokens, mask = pad_right([rows[i] for i in micro.tolist()], encoder.end_id if pad is None else pad)
         scores.append(score_sequences(model, tokens.to(device), mask.to(device)))
-    joined = torch.cat(scores)[torch.tensor(order).argsort().to(device)]
+    joined = torch.cat(scores)[torch.cat(micros).argsort().to(device)]
     return joined.to(torch.promote_types(joined.dtype, torch.float32))
 
 

@@ -50,7 +50,7 @@ class RewardSource(Protocol):
 
     def score(self, answers: Answers, microbatch: int) -> Tensor:
         """One score a response, [B] in float32 or better, on the rollout's device. Called on every rank with its own
-        rows, under no_grad, equally many rows on each."""
+        rows, under no_grad, equally many rows on each. microbatch: the tokens that a model may read at once."""
         ...
 
 

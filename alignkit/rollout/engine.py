@@ -27,7 +27,8 @@ class RolloutEngine(Protocol):
     def generate(
         self, model: nn.Module, prompts: PromptBatch, rule: SamplingRule, noise: Tensor, go_on: Callable[[bool], bool]
     ) -> Rollout:
-        """Sample one response to each prompt. noise [B, max_response] in (0, 1) decides every token.
+        """Sample one response to each prompt. noise [B, max_response] in (0, 1) decides every token
+        (in an engine that draws by itself, its first column the seed).
 
         Called with equally many prompts on every rank. With `unshard` all weights of `model` are on this rank, ranks
         may take different numbers of steps and `go_on` is the identity; else a forward is a collective, and

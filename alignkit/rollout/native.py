@@ -1,6 +1,6 @@
 """The engine `native`: a decoding loop over the model's own forward with a key-value cache.
 
-Log-probabilities come from the training engine afterwards, so nothing but tokens leaves this loop: no scores are kept.
+Log-probabilities come from the training engine afterwards; those of this loop only say how far the two agree.
 Rows that are finished leave the batch as soon as a quarter of it is done.
 """
 
@@ -44,54 +44,56 @@ class Native:
         from alignkit.algo.sequence import response_mask
         from alignkit.algo.types import Rollout
 
+        parts = zip(*(whole.split(self.batch) for whole in (prompts.tokens, prompts.mask, noise)))
         with torch.no_grad():
-            response = torch.cat(
-                [
-                    decode(model, tokens, mask, rule, part, go_on)
-                    for tokens, mask, part in zip(
-                        prompts.tokens.split(self.batch), prompts.mask.split(self.batch), noise.split(self.batch)
-                    )
-                ]
-            )
+            decoded = [decode(model, tokens, mask, rule, part, go_on) for tokens, mask, part in parts]
+        response, logprobs = (torch.cat(whole) for whole in zip(*decoded))
         real, finished = response_mask(response, rule.stops(response.device))
         return Rollout(
             tokens=torch.cat([prompts.tokens, response], dim=1),
             mask=torch.cat([prompts.mask, real], dim=1),
             response_mask=real,
             finished=finished,
+            engine_logprobs=torch.where(real, logprobs, 0.0),
         )
 
 
 def decode(
     model: nn.Module, tokens: Tensor, mask: Tensor, rule: SamplingRule, noise: Tensor, go_on: Callable[[bool], bool]
-) -> Tensor:
-    """Responses [B, R] to prompts [B, P], R = noise.shape[1]; after its stop token a row holds PAD. go_on: whether
-    there is another step, from whether a row here is still running."""
+) -> tuple[Tensor, Tensor]:
+    """Responses [B, R] to prompts [B, P], R = noise.shape[1], and their log-probabilities; after its stop token a row
+    holds PAD. go_on: whether there is another step, from whether a row here is still running."""
     import torch
-    from transformers import DynamicCache
 
     from alignkit.algo.sampling import draw
     from alignkit.algo.sequence import position_ids
+    from alignkit.rollout.cache import room_for
 
     width, steps = tokens.shape[1], noise.shape[1]
     stops = rule.stops(tokens.device)
     response = torch.full((tokens.shape[0], steps), model.config.pad_token_id, dtype=torch.long, device=tokens.device)
+    logprobs = torch.zeros(response.shape, dtype=torch.float64, device=tokens.device)
     rows = torch.arange(tokens.shape[0], device=tokens.device)  # rows of `response` that are still being written
     running = torch.ones_like(rows, dtype=torch.bool)
     whole = torch.cat([mask, mask.new_ones(len(rows), steps)], dim=1).long()
     positions = position_ids(mask)
-    cache, step_tokens = DynamicCache(config=model.config), tokens
+    cache, step_tokens = room_for(model.config, width + steps), tokens
+    reads, copies = distinct_rows(tokens, mask)  # a prompt with several responses is read once
     for step in range(steps):
+        some = slice(None) if step else reads
         logits = model(
-            input_ids=step_tokens,
-            attention_mask=whole[:, : width + step],
-            position_ids=positions,
+            input_ids=step_tokens[some],
+            attention_mask=whole[some, : width + step],
+            position_ids=positions[some],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-        ).logits
-        token = draw(rule.apply(logits, start=step)[:, -1], noise[rows, step])
-        response[rows[running], step] = token[running]
+        ).logits[:, -1]
+        if step == 0 and len(reads) < len(copies):
+            logits = logits[copies]
+            cache.batch_select_indices(copies)
+        token, logprob = draw(rule.apply(logits, place=step), noise[rows, step])
+        response[rows[running], step], logprobs[rows[running], step] = token[running], logprob[running]
         running = running & ~torch.isin(token, stops)
         if not go_on(bool(running.any())):
             break
@@ -101,4 +103,14 @@ def decode(
             rows, whole, token, positions = rows[keep], whole[keep], token[keep], positions[keep]
             running = torch.ones_like(rows, dtype=torch.bool)
         step_tokens, positions = token[:, None], positions[:, -1:] + 1
-    return response
+    return response, logprobs
+
+
+def distinct_rows(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The first row of each distinct prompt, in their order, and for every row which of these it is alike. [D], [B]"""
+    import torch
+
+    prompts: dict[tuple[int, ...], int] = {}
+    found = [prompts.setdefault(tuple(row), len(prompts)) for row in tokens.masked_fill(~mask, -1).tolist()]
+    first = [found.index(number) for number in range(len(prompts))]
+    return torch.tensor(first, device=tokens.device), torch.tensor(found, device=tokens.device)

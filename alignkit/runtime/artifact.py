@@ -31,10 +31,11 @@ SECTIONS = {
     "preferences": ("data", "ppo", "rollout", "reward", "judge", "overoptimize"),
     "strength": ("data", "reward_model", "denoise"),
     "evaluate": ("data", "evaluate", "ppo", "rollout", "reward", "judge"),
+    "bench": ("data", "bench"),
 }
 MODEL_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")  # endings of what a model folder is made of
 OF_LABELS = ("denoise_by", "_strengths_")  # of the data, but for a reward model alone
-STUDIES = ("frontier", "overoptimize", "denoise")  # sections that the recipe of that name alone has
+STUDIES = ("frontier", "overoptimize", "denoise", "bench")  # sections that the recipe of that name alone has
 STAGE_VERSION = {  # raised by hand when a stage's result changes
     "sft": 2,
     "reward_model": 3,
@@ -42,14 +43,16 @@ STAGE_VERSION = {  # raised by hand when a stage's result changes
     "preferences": 1,
     "strength": 1,
     "evaluate": 4,
+    "bench": 1,
 }
+MEASURES = ("bench",)  # stages whose product belongs to one run and is made anew each time
 # Of a reward or a judge: how it is asked; a reward model in `path` is an input, or a member, with a digest of its own.
 OF_A_REWARD = ("path", "timeout", "retries", "backoff", "concurrency", "token_env")
 WITHOUT_EFFECT = {  # settings that change how a result is computed or shown, not the result
     "sft": ("microbatch",),
     "reward_model": ("microbatch", "gate"),
-    "ppo": ("microbatch", "samples_every", "self_checks"),
-    "rollout": ("batch", "unshard"),
+    "ppo": ("microbatch_tokens", "packing", "samples_every", "self_checks"),
+    "rollout": ("batch", "unshard", "kv_cache_gib", "gpu_memory_utilization", "sleep", "eager"),
     "reward": OF_A_REWARD,
     "data": ("path", "denoise"),  # the bytes are in the data's fingerprint, or beside the settings
     "ptx": ("path",),  # likewise

@@ -25,6 +25,7 @@ from alignkit.models.settings import ModelSettings, PeftSettings
 from alignkit.observe.settings import TrackingSettings
 from alignkit.runtime.rules import across
 from alignkit.runtime.settings import (
+    BenchSettings,
     CheckpointSettings,
     DenoiseSettings,
     FrontierSettings,
@@ -50,6 +51,7 @@ SETTINGS = {
     "frontier": FrontierSettings,
     "overoptimize": OveroptimizeSettings,
     "denoise": DenoiseSettings,
+    "bench": BenchSettings,
 }
 PROTOCOL = {  # what the class that `_target_` names must have; the classes of alignkit document each
     "data": ("load", "fingerprint"),
@@ -105,6 +107,7 @@ class RunConfig:
     frontier: FrontierSettings | None = None
     overoptimize: OveroptimizeSettings | None = None
     denoise: DenoiseSettings | None = None
+    bench: BenchSettings | None = None
 
 
 def conf_dir() -> Path:

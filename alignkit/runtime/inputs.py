@@ -10,6 +10,7 @@ from alignkit.reward.judge import FromData
 from alignkit.runtime.artifact import Artifact, fetch, open_artifact
 from alignkit.runtime.config import RunConfig
 from alignkit.runtime.rules import TRAINS
+from alignkit.stages.bench_report import read_against, read_prompts
 
 
 def model_digest(raw: dict[str, Any]) -> dict[str, str]:
@@ -54,6 +55,25 @@ def check_judge(recipe: str, config: RunConfig, corpus: Corpus) -> None:
         if config.judge.path is None:
             raise UserError("judge.path: missing; give the folder of a reward model, as in judge.path=runs/NAME/gold")
         open_artifact(config.judge.path, ("reward_model",))
+
+
+def check_bench(config: RunConfig) -> None:
+    """Raise UserError before anything is made for a measurement that could not be made or compared."""
+    bench, ppo = config.bench, config.ppo
+    if bench is None:
+        return
+    read_against(bench.against)
+    if bench.stage == "ppo":
+        count, needed = len(read_prompts(bench.prompts)), ppo.batch // ppo.samples_per_prompt
+        if count < needed:
+            raise UserError(
+                f"bench.prompts={bench.prompts}: {count} prompts are too few, an iteration takes {needed} (ppo.batch / "
+                "ppo.samples_per_prompt): give more or lower ppo.batch"
+            )
+    elif bench.prompts is not None:
+        raise UserError(f"bench.prompts={bench.prompts}: not used by bench.stage={bench.stage}, which reads data=...")
+    elif bench.stage == "sft" and config.policy is not None:
+        raise UserError(f"policy={config.policy}: not used by bench.stage=sft; give the model as model.path=FOLDER")
 
 
 def num_parameters(inputs: dict[str, Artifact], model: dict[str, Any]) -> int | None:

@@ -178,8 +178,8 @@ class Group:
 
 
 def worker_environment(launch: LaunchSettings, num_parameters: int | None) -> dict[str, str]:
-    """The environment of the ranks. Threads are set here, before torch is imported: two unbound OpenMP threads can be
-    a hundred times slower than one on small products."""
+    """The environment of the ranks. The number of threads is set here, before torch is imported; each rank binds its
+    own to cores (`worker.bind_threads`)."""
     cores = len(os.sched_getaffinity(0))
     threads = launch.threads
     if threads == "auto":
@@ -204,8 +204,6 @@ def worker_environment(launch: LaunchSettings, num_parameters: int | None) -> di
         ALIGNKIT_PARENT=str(os.getpid()),
         ALIGNKIT_TERMINAL="1" if sys.stderr.isatty() else "0",
     )
-    if threads > 1:
-        environment.update(OMP_PROC_BIND="true", OMP_PLACES="threads")
     return environment
 
 

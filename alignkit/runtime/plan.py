@@ -36,9 +36,9 @@ def sft_phase(config: RunConfig, source: Source, layout: Layout) -> Phase:
     """SFT: TRL's training steps, then our loss on held-out rows with what was saved."""
     settings, width = config.sft, config.sft.max_length
     kind, shards, rest = trainer_set_up("causal", source, layout, settings)
-    step = work.supervised(source, kind, micro(settings, layout), width, shards)
+    step = work.training(source, kind, micro(settings, layout), width, shards)
     saved = Member(source, Kind("causal", False, layout.dtype), layout)
-    heldout = work.full_logits(source, saved.kind, settings.microbatch, width, layout.shards, backward=False)
+    heldout = work.heldout(source, saved.kind, settings.microbatch, width, layout.shards)
     moments = {
         "training step": {"policy": rest.plus(**step)},
         **optimizer_step("policy", source, kind, layout, rest),
@@ -51,7 +51,7 @@ def reward_model_phase(config: RunConfig, source: Source, layout: Layout) -> Pha
     """The reward model: chosen and rejected responses of a micro-batch in one forward."""
     settings = config.reward_model
     kind, shards, rest = trainer_set_up("scalar", source, layout, settings)
-    step = work.scalars(source, kind, 2 * micro(settings, layout), settings.max_length, shards, backward=True)
+    step = work.training(source, kind, 2 * micro(settings, layout), settings.max_length, shards)
     moments = {"training step": {"reward model": rest.plus(**step)}}
     return most("reward_model", {**moments, **optimizer_step("reward model", source, kind, layout, rest)})
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from alignkit.models.memory import units_of
 from alignkit.reward.model import RewardModel
+from alignkit.rollout.native import Native
 from alignkit.runtime import plan_work as work
 from alignkit.runtime.config import RunConfig
 from alignkit.runtime.plan_models import Kind, Source, shard_bytes, skeleton, trained
@@ -113,20 +114,28 @@ class Cast:
             named["best policy"] = Footprint(weights=self.policy.gradients)
         return named
 
-    @property
-    def lengths(self) -> tuple[int, int, int]:
-        """The longest prompt, the longest response, and the tokens before which none may stop."""
-        rollout = self.config.rollout
-        return self.config.ppo.max_prompt, rollout.max_response, rollout.min_response
+    def micro(self, of: int, prompt: int | None = None, response: int | None = None) -> tuple[int, int, int]:
+        """Rows of the largest micro-batch out of `of` rows, and the lengths of their prompts and responses; these are
+        the longest where none are given. The tokens are as many as may be; of shorter prompts there could be more
+        responses, but their logits come LOGITS_BYTES at a time."""
+        prompt = prompt or self.config.ppo.max_prompt
+        response = response or self.config.rollout.max_response
+        budget, longest = self.config.ppo.microbatch_tokens, prompt + response
+        rows = self.layout.share(of, -(-budget // longest))
+        width = longest if rows == 1 else min(budget // rows, longest)
+        return rows, max(width - response, 1), min(response, width - 1)
 
     def rollout(self) -> Iterator[Moment]:
-        """Sampling: the whole policy, or layer after layer, with the key-value cache."""
+        """Sampling: the whole policy, or layer after layer, with the key-value cache; an engine other than native has a
+        copy of the weights besides (vLLM's cache is what it is given, and not counted)."""
         policy, rollout = self.policy, self.config.rollout
         share = self.layout.share(self.config.ppo.batch, getattr(rollout, "batch", self.config.ppo.batch))
         unshard = getattr(rollout, "unshard", True)
         shards = None if unshard else self.layout.shards
-        for moment, peak, cache in work.decoding(policy.source, policy.kind, share, *self.lengths, shards):
-            gathered = peak["gathered"] + (policy.whole if unshard else 0)
+        lengths = (self.config.ppo.max_prompt, rollout.max_response, rollout.min_response)
+        for moment, peak, cache in work.decoding(policy.source, policy.kind, share, *lengths, shards):
+            copies = 1 if isinstance(rollout, Native) else 2
+            gathered = peak["gathered"] + (copies * policy.whole if unshard else 0)
             activations = max(peak["activations"] - cache, 0)
             yield (
                 moment,
@@ -135,7 +144,8 @@ class Cast:
 
     def scoring(self) -> Iterator[Moment]:
         """One model after the other, without gradients; the roots of the trained ones stay gathered."""
-        rows, shards = self.layout.share(self.config.ppo.batch, self.config.ppo.microbatch), self.layout.shards
+        rows, *lengths = self.micro(self.config.ppo.batch)
+        minimum, shards = self.config.rollout.min_response, self.layout.shards
         kept: dict[str, dict[str, int]] = {}
         for name in ("policy", "reference", "value", "scorer"):
             member = getattr(self, name)
@@ -143,9 +153,9 @@ class Cast:
                 continue
             place = (member.source, member.kind, rows)
             if name in ("policy", "reference"):
-                peak = work.logprobs(*place, *self.lengths, shards, backward=False, entropy=True)
+                peak = work.logprobs(*place, *lengths, minimum, shards, backward=False, entropy=name == "policy")
             else:
-                peak = work.scalars(*place, sum(self.lengths[:2]), shards, backward=False)
+                peak = work.scalars(*place, sum(lengths), shards, backward=False)
             yield f"forward of the {NAMES.get(name, name)}", self.models(**{**kept, name: peak})
             if member.kind.trained:
                 kept[name] = {"gathered": member.root}
@@ -155,13 +165,13 @@ class Cast:
         policy, config, shards = self.policy, self.config, self.layout.shards
         place = (policy.source, policy.kind)
         gradients = {"gradients": policy.gradients}
-        rows = self.layout.share(config.ppo.minibatch, config.ppo.microbatch)
+        micro, minimum = self.micro(config.ppo.minibatch), config.rollout.min_response
         entropy = config.ppo.entropy_coef > 0
-        peak = work.logprobs(*place, rows, *self.lengths, shards, backward=True, entropy=entropy)
+        peak = work.logprobs(*place, *micro, minimum, shards, backward=True, entropy=entropy)
         yield "backward", self.models(policy={**peak, **gradients})
         if config.ptx.coef:
-            rows = self.layout.share(config.ptx.batch, config.ppo.microbatch)
-            peak = work.full_logits(*place, rows, config.ptx.max_length, shards, backward=True)
+            micro = self.micro(config.ptx.batch, 1, config.ptx.max_length - 1)
+            peak = work.logprobs(*place, *micro, 0, shards, backward=True, entropy=False)
             yield "backward of ptx", self.models(policy={**peak, **gradients})
         yield "optimizer step", self.models(policy={"optimizer": policy.step, **gradients})
 
@@ -170,8 +180,8 @@ class Cast:
         value, settings = self.value, self.config.ppo
         waiting = {"gradients": self.policy.gradients} if settings.joint else {}
         gradients = {"gradients": value.gradients}
-        rows = self.layout.share(settings.minibatch, settings.microbatch)
-        peak = work.scalars(value.source, value.kind, rows, sum(self.lengths[:2]), self.layout.shards, backward=True)
+        rows, *lengths = self.micro(settings.minibatch)
+        peak = work.scalars(value.source, value.kind, rows, sum(lengths), self.layout.shards, backward=True)
         yield "backward", self.models(policy=waiting, value={**peak, **gradients})
         yield "optimizer step", self.models(policy=waiting, value={"optimizer": value.step, **gradients})
 

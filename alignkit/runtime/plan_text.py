@@ -30,9 +30,9 @@ MICROBATCH = {  # phase -> the setting that its activations and logits grow with
     "sft": "sft.microbatch",
     "reward_model": "reward_model.microbatch",
     "rollout": "rollout.batch",
-    "scoring": "ppo.microbatch",
-    "policy update": "ppo.microbatch",
-    "value update": "ppo.microbatch",
+    "scoring": "ppo.microbatch_tokens",
+    "policy update": "ppo.microbatch_tokens",
+    "value update": "ppo.microbatch_tokens",
 }
 
 
@@ -214,7 +214,8 @@ def changes(raw: dict[str, Any], phases: list[Phase], usable: float) -> Iterator
         rows = smaller.get(key, raw[group].get(name, 1))
         grows = sum(f.activations + f.logits + f.kv_cache for f in phase.models.values())
         share = max(usable - (phase.total - grows), 0) / max(grows, 1)
-        fitting = 2 ** max(int(raw[group].get(name, 1) * share).bit_length() - 1, 0)
+        least = raw["ppo"]["max_prompt"] + raw["rollout"]["max_response"] if name == "microbatch_tokens" else 1
+        fitting = max(2 ** max(int(raw[group].get(name, 1) * share).bit_length() - 1, 0), least)
         if fitting < rows:
             smaller[key] = fitting
     if smaller:
@@ -226,7 +227,8 @@ def changes(raw: dict[str, Any], phases: list[Phase], usable: float) -> Iterator
     if any(phase.name not in ("sft", "reward_model") for phase in over):
         yield {"sharding.offload_optimizer": True}
         yield {"sharding.offload_frozen": True}
-    if any(phase.name == "rollout" for phase in over) and sharding["shard_size"] != 1:
+    native = raw["rollout"]["_target_"].endswith(".Native")  # the other engines need whole weights
+    if native and any(phase.name == "rollout" for phase in over) and sharding["shard_size"] != 1:
         yield {"rollout.unshard": False}
     held = max(sum(f.weights + f.gradients + f.optimizer for f in phase.models.values()) for phase in over)
     more = [times for times in (2, 4, 8) if max(p.total for p in over) - held * (1 - 1 / times) <= usable]

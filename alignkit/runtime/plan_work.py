@@ -1,5 +1,6 @@
 """What each phase of a run computes, on skeletons: forward, loss and backward as the stages call them, with the largest
-batch that the settings allow and every row padded. Each returns bytes by kind at its peak (see `models.memory`)."""
+batch that the settings allow, full of real tokens, and with a mask of padding wherever the stage gives one. Each
+returns bytes by kind at its peak (see `models.memory`)."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def logprobs(
 
     def call() -> None:
         with torch.set_grad_enabled(backward):
-            values, spread = response_logprobs(model, tokens, mask, response, rule, entropy=entropy)
+            values, spread = response_logprobs(model, tokens, mask, mask[:, -response:], rule, entropy=entropy)
         if backward:
             torch.autograd.backward([values.sum() + (spread.sum() if entropy else 0.0)])
 
@@ -39,11 +40,9 @@ def logprobs(
 
 
 @lru_cache(maxsize=256)
-def scalars(source: Source, kind: Kind, rows: int, width: int, shards: int | None, *, backward: bool) -> Peak:
-    """A number at every position: values, scores, or the rewards of pairs."""
+def scalars(source: Source, kind: Kind, rows: int, width: int, shards: int, *, backward: bool) -> Peak:
+    """A number at every position: values or scores."""
     model = skeleton(source, kind)
-    if kind.autocast:
-        shorten(model)
     tokens, mask = batch(rows, width)
 
     def call() -> None:
@@ -56,34 +55,34 @@ def scalars(source: Source, kind: Kind, rows: int, width: int, shards: int | Non
 
 
 @lru_cache(maxsize=256)
-def full_logits(source: Source, kind: Kind, rows: int, width: int, shards: int | None, *, backward: bool) -> Peak:
-    """The language-model loss over whole rows: of ptx, and of SFT on held-out rows."""
+def heldout(source: Source, kind: Kind, rows: int, width: int, shards: int) -> Peak:
+    """SFT's loss on held-out rows."""
     model = skeleton(source, kind)
     tokens, mask = batch(rows, width)
 
     def call() -> None:
-        with torch.set_grad_enabled(backward):
-            logits = model(
-                input_ids=tokens, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
-            ).logits
-            loss = token_logprobs(logits[:, :-1], tokens[:, 1:])
-        if backward:
-            torch.autograd.backward([loss.sum()])
+        with torch.no_grad():
+            logits = model(input_ids=tokens, attention_mask=mask.long()).logits
+            token_logprobs(logits[:, :-1], tokens[:, 1:])
 
     return peak_of(model, call, shards, source.vocab)
 
 
 @lru_cache(maxsize=256)
-def supervised(source: Source, kind: Kind, rows: int, width: int, shards: int | None) -> Peak:
-    """SFT's loss and gradient, through TRL's head; `max_length` tokens a row, all of them learnt."""
+def training(source: Source, kind: Kind, rows: int, width: int, shards: int | None) -> Peak:
+    """Loss and gradient of TRL's trainers, padding as a mask: of SFT through TRL's head, all tokens of a row learnt;
+    of pairs, each of their sides a row."""
     model = skeleton(source, kind)
     if kind.autocast:
         shorten(model)
     tokens, mask = batch(rows, width)
+    inputs = {"input_ids": tokens, "attention_mask": mask.long(), "use_cache": False}
     dtype = torch.bfloat16 if kind.autocast else kind.dtype
 
     def forward() -> Tensor:
-        hidden = model.base_model(input_ids=tokens, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        if kind.task == "scalar":
+            return model.classifier(**inputs).logits.sum()
+        hidden = model.base_model(**inputs).last_hidden_state
         head = model.get_output_embeddings().weight
         return ChunkedHead.apply(hidden[:, :-1].flatten(0, 1), head, dtype).sum()
 
@@ -108,7 +107,8 @@ def decoding(
             input_ids=tokens[:, -new:], attention_mask=mask.long(), position_ids=position_ids(mask)[:, -new:],
             past_key_values=cache, use_cache=True, logits_to_keep=1,
         ).logits  # fmt: skip
-        draw(rule.apply(logits, start=width - prompt)[:, -1], torch.empty(rows, dtype=torch.float64, device="meta"))
+        noise = torch.empty(rows, dtype=torch.float64, device="meta")
+        draw(rule.apply(logits[:, -1], place=width - prompt), noise)
 
     def prompts(cache: DynamicCache) -> None:
         step(cache, prompt, prompt)
@@ -137,9 +137,8 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 
 def batch(rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Token ids and their mask."""
-    tokens = torch.empty(rows, width, dtype=torch.long, device="meta")
-    return tokens, torch.empty(rows, width, dtype=torch.bool, device="meta")
+    """Token ids and their mask: all are real."""
+    return torch.zeros(rows, width, dtype=torch.long), torch.ones(rows, width, dtype=torch.bool)
 
 
 class ChunkedHead(torch.autograd.Function):

@@ -14,6 +14,7 @@ TRAINS = {  # the stages that a recipe trains models in
     "denoise": ("sft", "reward_model"),
     **{stage: (stage,) for stage in _ALL},
     "evaluate": (),
+    "bench": (),
 }
 
 
@@ -55,7 +56,7 @@ def across(parts: dict[str, Any], unknown: Callable[[str, str, list[str]], str])
     if ptx.path and not ptx.coef:
         faults.append(f"ptx.path={ptx.path}: not used while ptx.coef=0; choose ptx=demonstrations or set ptx.coef")
     longest = ppo.max_prompt + parts["rollout"].max_response
-    if model.path is None and longest > model.context_length:
+    if model.path is None and parts["policy"] is None and longest > model.context_length:
         faults.append(
             f"ppo.max_prompt={ppo.max_prompt} plus rollout.max_response={parts['rollout'].max_response} is "
             f"{longest} tokens, above model.context_length={model.context_length}"

@@ -15,6 +15,7 @@ from alignkit.errors import UserError
 from alignkit.observe.wandb_sink import decide_mode
 from alignkit.reward.source import chain_key
 from alignkit.runtime.artifact import (
+    MEASURES,
     Artifact,
     Store,
     link,
@@ -26,7 +27,14 @@ from alignkit.runtime.artifact import (
 )
 from alignkit.runtime.compose import as_yaml, read_option
 from alignkit.runtime.config import RunConfig, load, with_changes
-from alignkit.runtime.inputs import check_judge, judge_of, model_digest, num_parameters, start_of_reward_model
+from alignkit.runtime.inputs import (
+    check_bench,
+    check_judge,
+    judge_of,
+    model_digest,
+    num_parameters,
+    start_of_reward_model,
+)
 from alignkit.runtime.launch import run_stage
 from alignkit.runtime.machines import Team
 from alignkit.runtime.rules import TRAINS
@@ -57,6 +65,7 @@ class Run:
         trains = "reward_model" in TRAINS[recipe] and (recipe == "reward_model" or self.needs_reward_model)
         corpus = config.data.load(config.seed)
         check_judge(recipe, config, corpus)
+        check_bench(config)
         if not corpus.train.pairs and trains:
             raise UserError(
                 "data: no preference pairs; a reward model needs prompt+chosen+rejected rows or labelled texts"
@@ -102,11 +111,13 @@ class Run:
         made_from = {key: item.digest for key, item in inputs.items()} | (
             model_digest(spec.raw) if name == "sft" else {}
         )
+        made_from |= {"run": self.name} if name in MEASURES else {}
         digest = stage_digest(name, spec.identity, spec.data, made_from)
         if self.purpose == "resume" and name != "evaluate":  # `alignkit evaluate` may have put another one there
             self._refuse_other_start(name, label, digest)
         with self.store.locked(name, digest):
-            product = None if self.config.force else self.store.find(name, digest)
+            anew = self.config.force or name in MEASURES
+            product = None if anew else self.store.find(name, digest)
             if product:
                 _say(f"{label}: reused {self.shown(product.path)} (same settings and inputs; force=true runs it again)")
             else:

@@ -79,8 +79,9 @@ def load_scorer_of_texts(folder: Path, normalise: Any, batch: int) -> Scorer:
     def score(prompts: list[Prompt], responses: list[str], finished: list[bool]) -> list[float]:
         rows = [render(encoder, *row) for row in zip(prompts, responses, finished)]
         require_positions(model, max(map(len, rows)))
+        micros = list(torch.tensor([len(row) for row in rows]).argsort().split(batch))
         with torch.no_grad():
-            return ((score_ids(model, rows, encoder, batch, device) - mean) / std).tolist()
+            return ((score_ids(model, rows, encoder, micros, device) - mean) / std).tolist()
 
     return score
 

@@ -78,6 +78,17 @@ class FrontierSettings:
 
 
 @settings
+class BenchSettings:
+    """stage: what is measured; prompts: file, glob or list of files with rows {"prompt": TEXT}, for PPO; updates: of
+    PPO, or optimizer steps of a trainer, that count; against: JSON file with another system's figures."""
+
+    stage: Literal["ppo", "sft", "reward_model"]
+    prompts: str | list[str] | None
+    updates: Count
+    against: str | None
+
+
+@settings
 class DenoiseSettings:
     """members: reward models, each on a random half of the training pairs; of an even number half have not seen a
     pair."""

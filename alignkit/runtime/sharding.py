@@ -10,18 +10,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import GenerationMixin
 
-from alignkit.algo.batching import deal
+from alignkit.algo.batching import deal, token_cuts
 from alignkit.errors import UserError
 from alignkit.models.loading import skeletons
+from alignkit.models.policy import read_logprobs
 
 
 @dataclass(frozen=True)
@@ -146,17 +156,28 @@ class Cluster:
             checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
         options = {
             "mesh": self.mesh,
-            "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32),
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=dtype, reduce_dtype=dtype and torch.promote_types(dtype, torch.float32)
+            ),
             "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
             if self.offload_frozen and not trainable
             else OffloadPolicy(),
         }
+        whole = self.mesh["shard"].size() == 1
+        offloaded = self.offload_frozen and not trainable
+        if whole and not offloaded and (not trainable or (self.world_size == 1 and dtype is None)):
+            if not any(p.is_meta for p in model.parameters()):
+                model = model.to(self.device)
+            return model.train(trainable)  # nothing to split, cast, gather or reduce
         units = set(getattr(model, "_no_split_modules", None) or ())
         for module in list(model.modules()):
             if type(module).__name__ in units:
-                fully_shard(module, **options)
+                fully_shard(module, reshard_after_forward=not (whole and trainable), **options)
         # The root of a trained model stays whole until its backward; a frozen one has none that would release it.
         fully_shard(model, reshard_after_forward=not trainable, **options)
+        if isinstance(model, GenerationMixin):  # a language model
+            model.logprobs_at = MethodType(read_logprobs, model)
+            register_fsdp_forward_method(model, "logprobs_at")  # so that the root's hooks run around it
         for module in _fsdp_modules(model):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # without it the factor of 1 is refused by gloo
@@ -166,8 +187,10 @@ class Cluster:
     def sampling(self, model: nn.Module, *, unshard: bool) -> Iterator[nn.Module]:
         """`model` ready to sample from. unshard: all of its weights are on every rank, and ranks may run different
         numbers of forwards; else layers are gathered as they come, and ranks must keep step."""
-        modules, was = list(_fsdp_modules(model)), model.training
+        modules, was, attention = list(_fsdp_modules(model)), model.training, model.config._attn_implementation
         model.eval()  # activation checkpointing would forbid the key-value cache
+        if attention == "flex_attention":  # of packed rows; there are none in sampling
+            model.config._attn_implementation = "sdpa"
         for module in modules if unshard else ():
             module.unshard()
             module.set_reshard_after_forward(False, recurse=False)
@@ -178,6 +201,17 @@ class Cluster:
                 module.set_reshard_after_forward(module is not modules[0] or not was, recurse=False)
             self.rest(model)
             model.train(was)
+            model.config._attn_implementation = attention
+
+    def accumulate(self, model: nn.Module, *, last: bool) -> None:
+        """Before each micro-batch of an optimizer step. Where every rank holds whole weights, they stay as they are
+        from one micro-batch to the next, and the gradient is added up here and reduced with the last one; where they
+        are split that would take the memory that splitting saves."""
+        if self.mesh["shard"].size() > 1:
+            return
+        for module in _fsdp_modules(model):
+            module.set_requires_gradient_sync(last, recurse=False)
+            module.set_reshard_after_backward(last, recurse=False)
 
     def rest(self, model: nn.Module) -> None:
         """Give back what forwards without a backward have left gathered (the root of a trained model)."""
@@ -188,6 +222,12 @@ class Cluster:
         """Rows of these lengths (tokens, [n]) dealt over the ranks. Every rank holds equally many, as all must make the
         same number of calls to a sharded model; `collect` drops what fills a short hand up."""
         return Hand(*deal(lengths.cpu(), self.world_size), self.rank)
+
+    def microbatches(self, lengths: Tensor, budget: int) -> list[Tensor]:
+        """This rank's rows (of these lengths in tokens, [n], equally many on every rank) in micro-batches of at most
+        `budget` tokens, from the shortest to the longest: as many, of the same numbers of rows, on every rank."""
+        order = lengths.argsort(stable=True)
+        return list(order.split(token_cuts(self.max(lengths[order]), budget)))
 
     def collect(self, part: Tensor, hand: Hand) -> Tensor:
         """The inverse of `deal`: this rank's rows [share, ...] -> all rows [n, ...] in order, on every rank."""

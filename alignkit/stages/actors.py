@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from alignkit.algo.batching import length_order, pad_left, pad_right
+from alignkit.algo.batching import pad_left, pad_right
 from alignkit.algo.sampling import SamplingRule, uniform_noise
 from alignkit.algo.schedule import learning_rate_share
 from alignkit.algo.types import PromptBatch, Rollout
@@ -23,8 +23,8 @@ from alignkit.models.loading import (
     require_context,
     scorer_from_policy,
 )
-from alignkit.models.policy import response_logprobs
-from alignkit.models.scalar import ScalarModel, score_sequences
+from alignkit.models.policy import logprobs_at, pack_rows, response_logprobs
+from alignkit.models.scalar import PooledScalar, ScalarModel, score_sequences
 from alignkit.models.settings import refuse_in_ppo, refuse_stacking
 from alignkit.reward.model import RewardModel
 from alignkit.reward.source import CombinedSource, RewardSource
@@ -117,6 +117,9 @@ def load_actors(job: Job, cluster: Cluster) -> Actors:
     shares = adapted and config.advantage.uses_values and isinstance(config.reward, RewardModel)
     reward = config.reward.open(job.inputs.get("reward"), encoder, cluster, *([peft] if shares else []))
     value_model = first_value(reward, folder, config, cluster) if config.advantage.uses_values else None
+    if settings.packing:
+        for model in (policy, reference, value_model, getattr(reward, "model", None)):
+            pack(model)
     return Actors(
         cluster=cluster,
         encoder=encoder,
@@ -131,6 +134,21 @@ def load_actors(job: Job, cluster: Cluster) -> Actors:
         ema=None if settings.ema is None else AveragedWeights(policy, settings.ema),
         best=KeptWeights(policy) if settings.keep == "best" else None,
     )
+
+
+def pack(model: object) -> None:
+    """Lay the rows that this model reads end to end, if it is one of ours. Raises UserError where that cannot be."""
+    if isinstance(model, ScalarModel):
+        pack_rows(model, model.classifier.base_model, model)
+    elif isinstance(model, nn.Module) and not isinstance(model, PooledScalar):
+        rule = SamplingRule(temperature=1.0, stop_ids=())
+
+        def logprobs(tokens: Tensor, mask: Tensor) -> Tensor:
+            wanted = mask.clone()
+            wanted[:, 0] = False
+            return logprobs_at(model, tokens, mask, wanted, rule)[0]
+
+        pack_rows(model, model.base_model, logprobs)
 
 
 def first_value(reward: RewardSource | CombinedSource, folder: Path, config: RunConfig, cluster: Cluster) -> nn.Module:
@@ -158,6 +176,11 @@ class WithoutAdapter:
     def __call__(self, **inputs):
         with adapters_off(self.model):
             return self.model(**inputs)
+
+    def logprobs_at(self, tokens: Tensor, mask: Tensor, wanted: Tensor, rule: SamplingRule, entropy: bool):
+        """See `models.policy.logprobs_at`."""
+        with adapters_off(self.model):
+            return logprobs_at(self.model, tokens, mask, wanted, rule, entropy=entropy)
 
 
 def start_of(folder: Path, config: RunConfig) -> nn.Module:
@@ -209,30 +232,33 @@ def sample(
     return Rollout(*(cluster.collect(getattr(part, field.name), hand) for field in fields(Rollout)))
 
 
-def logprobs_of(model: nn.Module, rollout: Rollout, rule: SamplingRule, microbatch: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies [B, R] of a rollout's responses, 0 on padding, in micro-batches by length."""
+def logprobs_of(
+    model: nn.Module, rollout: Rollout, rule: SamplingRule, micros: list[Tensor], *, entropy: bool = False
+) -> list[Tensor]:
+    """Log-probabilities [B, R] of a rollout's responses, and their entropies if asked for, 0 on padding. micros: the
+    rows of each micro-batch, as `Cluster.microbatches` gives them."""
 
-    def forward(part: Rollout) -> tuple[Tensor, Tensor]:
-        return response_logprobs(model, part.tokens, part.mask, part.response_mask.shape[1], rule, entropy=True)
+    def forward(part: Rollout) -> list[Tensor]:
+        found = response_logprobs(model, part.tokens, part.mask, part.response_mask, rule, entropy=entropy)
+        return [values for values in found if values is not None]
 
-    logprobs, entropy = _by_response_token(rollout, microbatch, forward)
-    return logprobs, entropy
+    return _by_response_token(rollout, micros, forward)
 
 
-def values_of(model: nn.Module, rollout: Rollout, microbatch: int) -> Tensor:
+def values_of(model: nn.Module, rollout: Rollout, micros: list[Tensor]) -> Tensor:
     """Values [B, R] of a rollout: the value at each response token is read one token earlier, before it is chosen."""
 
-    def forward(part: Rollout) -> tuple[Tensor]:
-        return (model(part.tokens, part.mask)[:, -part.response_mask.shape[1] - 1 : -1],)
+    def forward(part: Rollout) -> list[Tensor]:
+        return [model(part.tokens, part.mask)[:, -part.response_mask.shape[1] - 1 : -1]]
 
-    return _by_response_token(rollout, microbatch, forward)[0]
+    return _by_response_token(rollout, micros, forward)[0]
 
 
-def _by_response_token(rollout: Rollout, microbatch: int, forward) -> list[Tensor]:
+def _by_response_token(rollout: Rollout, micros: list[Tensor], forward) -> list[Tensor]:
     """`forward` of each micro-batch, put together: [B, R] tensors, 0 on padding, in float32 or better."""
     joined: list[Tensor] = []
     with torch.no_grad():
-        for rows in length_order(rollout.mask).split(microbatch):
+        for rows in micros:
             part = rollout.rows(rows)
             outputs = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in forward(part)]
             joined = joined or [

@@ -151,7 +151,8 @@ def perplexities(models, corpus: Corpus, encoder: Encoder, job: Job, cluster: Cl
     rows, pad = sample_of(rows, config.evaluate.prompts, config.seed), encoder.tokenizer.pad_token_id
     if not rows:
         return {}
-    losses = {name: heldout_loss(model, rows, pad, config.ppo.microbatch, cluster) for name, model in models.items()}
+    batch = max(config.ppo.microbatch_tokens // longest, 1)
+    losses = {name: heldout_loss(model, rows, pad, batch, cluster) for name, model in models.items()}
     return {
         "ptx_perplexity": math.exp(min(losses["policy"], 700.0)),
         "ptx_perplexity_baseline": math.exp(min(losses["baseline"], 700.0)),

@@ -119,7 +119,7 @@ def scorer_of(source: RewardSource, job: Job, cluster: Cluster, name: str = "rew
         part = responses.rollout.take(hand.rows.to(responses.rollout.tokens.device))
         with torch.no_grad():
             answers = Answers(part, [prompts[i] for i in mine], [responses.texts[i] for i in mine])
-            scores, _ = reward_scores(source, answers, hand, cluster, job.config.ppo.microbatch, job.out, name)
+            scores, _ = reward_scores(source, answers, hand, cluster, job.config.ppo.microbatch_tokens, job.out, name)
         return scores.double().cpu()
 
     return score

@@ -16,6 +16,7 @@ from torch import Tensor
 from alignkit.algo.advantage import normalise
 from alignkit.algo.batching import prompt_indices
 from alignkit.algo.kl import kl_estimate
+from alignkit.algo.losses import truncated_importance
 from alignkit.algo.masked import whiten
 from alignkit.algo.shaping import reward_slots, shape_reward
 from alignkit.algo.types import Minibatch, Rollout, ScoredRollout, ShapedReward
@@ -167,6 +168,7 @@ def ppo_iteration(
         ref_logprobs=scored.ref_logprobs,
         old_values=scored.values,
         advantages=advantages,
+        importance=importance_of(rollout, scored, config.ppo.importance_cap),
         returns=target.returns,
     )
     before = (state.policy_steps, state.value_steps)
@@ -192,26 +194,30 @@ def ppo_iteration(
 def score(actors: Actors, rollout: Rollout, prompts: list[Prompt], job: Job) -> tuple[Rollout, ScoredRollout, Tensor]:
     """The rollout as wide as its longest response, its log-probabilities, values and scores, and the policy's entropy:
     each rank computes the rows that it is dealt by their lengths, then they are joined."""
-    cluster, config = actors.cluster, job.config
-    microbatch = config.ppo.microbatch
+    cluster, config, budget = actors.cluster, job.config, job.config.ppo.microbatch_tokens
     slots = reward_slots(rollout.response_mask, config.shaping.score_position)
     longest = int(slots.sum(dim=1).max())
     kept = slice(0, rollout.prompt_width + longest)
-    rollout = Rollout(
-        rollout.tokens[:, kept], rollout.mask[:, kept], rollout.response_mask[:, :longest], rollout.finished
+    rollout = replace(
+        rollout,
+        tokens=rollout.tokens[:, kept],
+        mask=rollout.mask[:, kept],
+        response_mask=rollout.response_mask[:, :longest],
+        engine_logprobs=rollout.engine_logprobs[:, :longest],
     )
     hand = cluster.deal(rollout.mask.sum(dim=1))
     mine = hand.rows.to(rollout.tokens.device)
     part = rollout.take(mine)
     texts = [actors.encoder.text(row[mask].tolist()) for row, mask in zip(part.response, part.response_mask)]
-    logprobs, entropy = logprobs_of(actors.policy, part, actors.rule, microbatch)
-    ref_logprobs, _ = logprobs_of(actors.reference, part, actors.rule, microbatch)
+    micros = cluster.microbatches(part.mask.sum(dim=1), budget)
+    logprobs, entropy = logprobs_of(actors.policy, part, actors.rule, micros, entropy=True)
+    (ref_logprobs,) = logprobs_of(actors.reference, part, actors.rule, micros)
     values = torch.zeros_like(logprobs)
     if actors.value_model is not None:
-        values = values_of(actors.value_model, replace(part, response_mask=slots[mine, :longest]), microbatch)
+        values = values_of(actors.value_model, replace(part, response_mask=slots[mine, :longest]), micros)
     answers = Answers(part, [prompts[i] for i in hand.rows.tolist()], texts)
     with torch.no_grad():
-        scores, actors.reward_failures = reward_scores(actors.reward, answers, hand, cluster, microbatch, job.out)
+        scores, actors.reward_failures = reward_scores(actors.reward, answers, hand, cluster, budget, job.out)
     for model in (actors.policy, actors.value_model):
         if model is not None:
             cluster.rest(model)
@@ -231,6 +237,15 @@ def shape(actors: Actors, rollout: Rollout, scored: ScoredRollout, config) -> tu
     coef = actors.state.kl_coef if kl.place == "reward" else 0.0
     slots = reward_slots(mask, shaping.score_position)
     return shape_reward(paid, observed, penalty, slots, coef=coef), paid
+
+
+def importance_of(rollout: Rollout, scored: ScoredRollout, cap: float | None) -> Tensor:
+    """Each token's weight in the policy's loss, 1 where the engine is taken for the policy."""
+    if cap is None:
+        return rollout.response_mask.to(scored.logprobs.dtype)
+    return truncated_importance(
+        scored.logprobs, rollout.engine_logprobs.to(scored.logprobs.dtype), rollout.response_mask, cap
+    )
 
 
 def encode_prompts(prompts: list[Prompt], actors: Actors, longest: int, batch: int) -> list[tuple[Prompt, list[int]]]:

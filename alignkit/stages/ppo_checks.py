@@ -22,6 +22,7 @@ LOG_RATIO_LIMITS = {  # dtype of the weights that compute -> largest mean and ma
     torch.bfloat16: (1e-3, 0.1),
     torch.float16: (1e-3, 0.1),
 }
+ENGINE_LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}  # mean, nats
 
 
 def check_rollout(
@@ -33,6 +34,9 @@ def check_rollout(
     if not config.ppo.self_checks:
         return
     check_masks(rollout, actors.rule)
+    short = getattr(config.rollout, "dtype", None) in ("auto", "bfloat16")  # of an engine with weights of its own
+    usual = ENGINE_LIMITS[torch.bfloat16 if short else computing_dtype(actors)]
+    check_engine(rollout, scored, config.ppo.max_engine_gap or usual)
     if actors.state.policy_steps == 0:
         check_reference(scored, rollout.response_mask, computing_dtype(actors))
     kl = config.kl
@@ -43,6 +47,25 @@ def check_rollout(
 def computing_dtype(actors: Actors) -> torch.dtype:
     """The dtype of the policy's forward pass, which decides how much rounding there is."""
     return actors.cluster.compute_dtype or next(actors.policy.parameters()).dtype
+
+
+def engine_gap(rollout: Rollout, scored: ScoredRollout) -> tuple[float, float]:
+    """Mean and maximum of |log-probability in training - in the engine| over the sampled tokens, nats."""
+    mask = rollout.response_mask
+    gap = torch.where(mask, scored.logprobs - rollout.engine_logprobs, 0.0).abs()
+    return float(gap.sum() / mask.sum()), float(gap.max())
+
+
+def check_engine(rollout: Rollout, scored: ScoredRollout, limit: float) -> None:
+    """What sampled and what is trained are one policy, but for rounding."""
+    mean, largest = engine_gap(rollout, scored)
+    if not mean <= limit:
+        raise TrainingError(
+            f"the engine that samples is not the policy that is trained: log-probabilities differ by {mean:.2g} nats a "
+            f"token (at most {largest:.2g}; limit {limit:g}). Usual causes: weights not handed over, dropout left on, "
+            "another dtype or other sampling settings in the engine; where the difference is wanted, raise "
+            "ppo.max_engine_gap and set ppo.importance_cap=2"
+        )
 
 
 def check_ratio(mean: float, largest: float, dtype: torch.dtype) -> None:

@@ -19,6 +19,7 @@ from alignkit.algo.masked import moments
 from alignkit.algo.types import Advantages, Minibatch, Rollout, ScoredRollout, ShapedReward
 from alignkit.data.tokens import show
 from alignkit.observe.tracking import write_rows
+from alignkit.stages.ppo_checks import engine_gap
 
 if TYPE_CHECKING:
     from alignkit.stages.actors import Actors
@@ -77,6 +78,7 @@ def iteration_metrics(
         "eos_fraction": float(rollout.finished.double().mean()),
         "learning_rate": actors.policy_optimizer.param_groups[0]["lr"],
     }
+    values["engine_gap"], values["engine_gap_max"] = engine_gap(rollout, scored)
     if actors.value_model is not None:
         count, _, squares = moments(target.returns, shaped.mask).tolist()
         values["return_std"] = math.sqrt(squares / count)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alignkit.algo.advantage import normalise
-from alignkit.algo.batching import length_order, permutation
+from alignkit.algo.batching import permutation
 from alignkit.algo.kl import LOG_RATIO_LIMIT, kl_loss
 from alignkit.algo.losses import aggregate, clipped_policy_loss, clipped_value_loss
 from alignkit.algo.types import Minibatch
@@ -53,19 +53,24 @@ def ppo_update(
     """One optimizer step of the policy and one of the value model; False if `stop_kl` was reached and none was taken.
 
     Losses are divided by the number of tokens (or rows) of the whole minibatch, so that the gradient depends on neither
-    `microbatch`, nor padding, nor the order of rows, nor the number of ranks.
+    `microbatch_tokens`, nor padding, nor the order of rows, nor the number of ranks.
     """
     settings, cluster = config.ppo, actors.cluster
     hand, device = cluster.deal(minibatch.mask.sum(dim=1)), minibatch.tokens.device
     local = minibatch.rows(hand.rows.to(device)).only(hand.real.to(device))
-    micros = [local.rows(rows) for rows in length_order(local.mask).split(settings.microbatch)]
+    lengths, budget = local.mask.sum(dim=1), settings.microbatch_tokens
+    micros = [local.rows(rows) for rows in cluster.microbatches(lengths, budget)]
+    for micro in micros:
+        real = micro.mask.sum()
+        held = real if settings.packing else micro.mask.shape[0] * micro.mask.sum(dim=1).max()
+        metrics.add("padding_fraction", Mean(held - real, held))
 
     if train_policy:  # the policy first, then the value model: their activations never live together
         moved = policy_backward(actors, micros, minibatch, config, metrics, first=first)
         if settings.stop_kl is not None and moved > settings.stop_kl:
             actors.policy_optimizer.zero_grad()
             return False
-        ptx_backward(actors, ptx, config.ptx, settings.microbatch, metrics)
+        ptx_backward(actors, ptx, config.ptx, budget, metrics)
         if not settings.joint:
             step(actors, ["policy"], settings.max_grad_norm, metrics)
     if actors.value_model is not None:
@@ -87,13 +92,14 @@ def policy_backward(
     settings, kl = config.ppo, config.kl
     counts = {"tokens": int(whole.response_mask.sum()), "rows": len(whole)}
     here = Metrics()
-    for micro in micros:
-        width, mask = micro.response_mask.shape[1], micro.response_mask
+    for number, micro in enumerate(micros, start=1):
+        actors.cluster.accumulate(actors.policy, last=number == len(micros))
+        mask = micro.response_mask
         logprobs, entropy = response_logprobs(
-            actors.policy, micro.tokens, micro.mask, width, actors.rule, entropy=settings.entropy_coef > 0
+            actors.policy, micro.tokens, micro.mask, mask, actors.rule, entropy=settings.entropy_coef > 0
         )
         loss, clipped = clipped_policy_loss(
-            logprobs, micro.old_logprobs, micro.advantages, mask,
+            logprobs, micro.old_logprobs, micro.advantages * micro.importance, mask,
             clip=settings.clip, clip_high=settings.clip_high, dual_clip=settings.dual_clip,
         )  # fmt: skip
         metrics.add("policy_loss", Mean(loss.detach().sum(), mask.sum()))
@@ -130,7 +136,8 @@ def _ratio_metrics(metrics: Metrics, here: Metrics, clipped: Tensor, logprobs: T
 def value_backward(actors: Actors, micros: list[Minibatch], whole: Minibatch, settings, metrics: Metrics) -> None:
     """Add up the value model's gradient over micro-batches."""
     counts = {"tokens": int(whole.value_mask.sum()), "rows": len(whole)}
-    for micro in micros:
+    for number, micro in enumerate(micros, start=1):
+        actors.cluster.accumulate(actors.value_model, last=number == len(micros))
         width, mask = micro.value_mask.shape[1], micro.value_mask
         values = actors.value_model(micro.tokens, micro.mask)[:, -width - 1 : -1]
         loss, clipped = clipped_value_loss(values, micro.old_values, micro.returns, mask, clip=settings.value_clip)

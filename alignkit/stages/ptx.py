@@ -15,11 +15,12 @@ import torch
 
 from alignkit.algo.batching import pad_right, prompt_indices
 from alignkit.algo.losses import negative_log_likelihood
-from alignkit.algo.sequence import position_ids, token_logprobs
+from alignkit.algo.sampling import SamplingRule
 from alignkit.data.corpus import Demonstration
 from alignkit.data.files import read_demonstrations
 from alignkit.data.tokens import Encoder
 from alignkit.errors import UserError
+from alignkit.models.policy import logprobs_at
 from alignkit.observe.metrics import Mean, Metrics
 from alignkit.stages.actors import Actors
 from alignkit.stages.settings import PtxSettings
@@ -56,23 +57,24 @@ class PtxBatches:
         return [self.rows[i] for i in chosen.tolist()]
 
 
-def ptx_backward(actors: Actors, batches: PtxBatches, settings: PtxSettings, microbatch: int, metrics: Metrics) -> None:
+def ptx_backward(actors: Actors, batches: PtxBatches, settings: PtxSettings, budget: int, metrics: Metrics) -> None:
     """Add the gradient of coef * mean negative log-likelihood of the next rows, divided by their number of tokens over
-    all ranks."""
+    all ranks. budget: tokens at once."""
     if settings.coef == 0:
         return
     rows, cluster = batches.take(actors.state.ptx_rows), actors.cluster
     actors.state.ptx_rows += len(rows)
     tokens = sum(len(ids) - start for ids, start in rows)
-    hand = cluster.deal(torch.tensor([len(ids) for ids, _ in rows]))
-    for part, here in zip(hand.rows.split(microbatch), hand.real.split(microbatch)):
-        picked = [rows[i] for i in part.tolist()]
+    lengths = torch.tensor([len(ids) for ids, _ in rows])
+    hand, plain = cluster.deal(lengths), SamplingRule(temperature=1.0, stop_ids=())
+    micros = cluster.microbatches(lengths[hand.rows], budget)
+    for number, micro in enumerate(micros, start=1):
+        cluster.accumulate(actors.policy, last=number == len(micros))
+        picked, here = [rows[i] for i in hand.rows[micro].tolist()], hand.real[micro]
         ids, mask = (x.to(cluster.device) for x in pad_right([ids for ids, _ in picked], 0))
         starts = torch.tensor([start for _, start in picked])
         learnt = mask & ((torch.arange(ids.shape[1]) >= starts[:, None]) & here[:, None]).to(cluster.device)
-        logits = actors.policy(
-            input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
-        ).logits
-        loss = negative_log_likelihood(token_logprobs(logits[:, :-1], ids[:, 1:]), learnt[:, 1:])
+        (logprobs,) = logprobs_at(actors.policy, ids, mask, learnt, plain)
+        loss = negative_log_likelihood(logprobs, torch.ones_like(logprobs, dtype=torch.bool))
         (settings.coef * loss.total / tokens).backward()
-        metrics.add("ptx_loss", Mean(loss.total, loss.count))
+        metrics.add("ptx_loss", Mean(loss.total.detach(), loss.count))

@@ -73,8 +73,9 @@ def respond(
     if reference is not None:
         hand = cluster.deal(whole.mask.sum(dim=1))
         part = whole.take(hand.rows.to(whole.tokens.device))
-        theirs, _ = logprobs_of(reference, part, rule, config.ppo.microbatch)
-        ours = theirs if model is reference else logprobs_of(model, part, rule, config.ppo.microbatch)[0]
+        micros = cluster.microbatches(part.mask.sum(dim=1), config.ppo.microbatch_tokens)
+        (theirs,) = logprobs_of(reference, part, rule, micros)
+        ours = theirs if model is reference else logprobs_of(model, part, rule, micros)[0]
         kl = cluster.collect((ours - theirs).sum(dim=1), hand).double().cpu()
         nll = -cluster.collect(theirs.sum(dim=1), hand).double().cpu()
         for each in (model, reference):

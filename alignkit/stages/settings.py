@@ -1,5 +1,5 @@
 """The settings of the stages. `batch` is always global (sequences or pairs per optimizer step, over all ranks);
-`microbatch` is what one rank computes at once: memory only, never the result."""
+`microbatch` (rows) and `microbatch_tokens` are what one rank computes at once: memory only, never the result."""
 
 from typing import Annotated, Any, Literal
 
@@ -68,15 +68,20 @@ class PPOSettings:
     loss = policy + value_coef * value - entropy_coef * entropy [+ KL, + ptx], each a mean by loss_aggregation. joint:
     one gradient norm over both models; false: each model has its own. dual_clip, stop_kl, ema, clip_high: null leaves
     them out; stop_kl in nats per token, the mean of (log ratio)^2 / 2 over a minibatch, at which an iteration's
-    remaining steps are left out. evaluate_every: iterations between looks at held-out prompts under the judge, by which
-    keep=best chooses the policy that is saved, and after `patience` of which without a better one the run ends.
+    remaining steps are left out. packing: rows of a micro-batch are laid end to end, without padding. importance_cap:
+    null takes the engine that samples for the policy; else a token weighs min(policy / engine, cap) in the policy's
+    loss. max_engine_gap: nats a token, mean of |log policy - log engine|,
+    above which the run ends; null: by dtype, see `stages.ppo_checks`. evaluate_every: iterations between looks at
+    held-out prompts under the judge, by which keep=best chooses the policy that is saved, and after `patience` of which
+    without a better one the run ends.
     """
 
     episodes: Count
     batch: Count
     samples_per_prompt: Count
     minibatch: Count
-    microbatch: Count
+    microbatch_tokens: Count
+    packing: bool
     epochs: Count
     learning_rate: Positive
     value_learning_rate: Positive
@@ -98,6 +103,8 @@ class PPOSettings:
     stop_kl: Positive | None
     max_grad_norm: Positive | None
     ema: Proportion | None
+    importance_cap: Annotated[float, Field(ge=1)] | None
+    max_engine_gap: Positive | None
     self_checks: bool
     evaluate_every: Count | None
     evaluate_prompts: Annotated[int, Field(ge=2)]

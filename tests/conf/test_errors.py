@@ -292,7 +292,7 @@ def test_a_mistake_is_told_in_its_own_words(cli, words, expected):
 
 
 def test_an_unknown_recipe_is_answered_with_the_recipes(cli):
-    named = "rlhf, sft, reward_model, ppo, evaluate, denoise, frontier, overoptimize"
+    named = "rlhf, sft, reward_model, ppo, evaluate, bench, denoise, frontier, overoptimize"
     refused(cli("rhlf"), f"no recipe 'rhlf'; recipes: {named} (alignkit --help)")
 
 

@@ -77,11 +77,11 @@ def actors(cluster):
 
 class Settings:
     ppo = PPOSettings(
-        episodes=7, batch=7, samples_per_prompt=1, minibatch=7, microbatch=2, epochs=1, learning_rate=1e-3,
+        episodes=7, batch=7, samples_per_prompt=1, minibatch=7, microbatch_tokens=20, packing=False, epochs=1, learning_rate=1e-3,
         value_learning_rate=1e-3, schedule="linear", warmup=0, value_warmup=0, adam_beta1=0.9, adam_beta2=0.999,
         adam_eps=1e-5, weight_decay=0.0, joint=True, clip=0.2, clip_high=None, dual_clip=None, value_clip=0.2,
         value_coef=1.0, entropy_coef=0.01, loss_aggregation="seq_mean_token_mean", stop_kl=1e9, max_grad_norm=0.5,
-        ema=None, self_checks=True,
+        ema=None, importance_cap=None, max_engine_gap=None, self_checks=True,
         evaluate_every=None, evaluate_prompts=4, keep="last", patience=None, max_prompt=8, samples_every=1,
     )  # fmt: skip
     ptx = PtxSettings(coef=0.5, path=None, batch=3, max_length=16)
@@ -98,7 +98,7 @@ def minibatch():
     random = [torch.randn(ROWS, response, generator=generator) for _ in range(5)]
     real = mask[:, prompts:]
     old, reference = -random[0].abs() - 3, -random[4].abs() - 3
-    return Minibatch(tokens, mask, real, real, old, reference, random[1], random[2], random[3])
+    return Minibatch(tokens, mask, real, real, old, reference, random[1], random[2], torch.ones_like(old), random[3])
 
 
 def gradients(cluster):
@@ -137,6 +137,7 @@ LOOP = replace(
     Settings.ppo, episodes=3 * 14, batch=14, epochs=2, joint=False, entropy_coef=0.0, loss_aggregation="token_mean",
     stop_kl=None, schedule="constant",
 )  # fmt: skip
+LAYOUT = ("seconds/", "tokens_per_second", "ratio_error", "engine_gap", "padding_fraction")  # of rounding and layout
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 IN_REWARD = FixedKL(coef=0.1, estimator="k1", place="reward")
 LOOPS = {  # minibatches of 7 rows: 4 on one rank, 3 on the other
@@ -228,7 +229,7 @@ def loop(cluster, changes, *model):
 
 
 def untimed(values):
-    return {k: v for k, v in values.items() if not k.startswith(("seconds/", "tokens_per_second", "ratio_error"))}
+    return {k: v for k, v in values.items() if not k.startswith(LAYOUT)}
 
 
 def compared(several, single):

@@ -35,9 +35,9 @@ PTX = {"ptx": Settings.ptx}
 def layouts(world):
     """Name -> (cluster, what changes in the loop): every way in which the same work can be laid out."""
     return {
-        "one_row_at_a_time": (Cluster.open(), {"ppo": replace(LOOP, microbatch=1)}),
-        "layer_by_layer": (Cluster.open(), {"ppo": replace(LOOP, microbatch=3), "rollout": BY_LAYER}),
-        "replicas": (Cluster.open(shard_size=1), {"ppo": replace(LOOP, microbatch=8)}),
+        "one_row_at_a_time": (Cluster.open(), {"ppo": replace(LOOP, microbatch_tokens=1)}),
+        "layer_by_layer": (Cluster.open(), {"ppo": replace(LOOP, microbatch_tokens=30), "rollout": BY_LAYER}),
+        "replicas": (Cluster.open(shard_size=1), {"ppo": replace(LOOP, microbatch_tokens=90)}),
         "groups": (Cluster.open(shard_size=max(1, world // 2)), {"ppo": LOOP, **PTX}),
         "recomputed": (Cluster.open(activation_checkpointing=True, offload_frozen=True), {"ppo": LOOP}),
     }
@@ -103,9 +103,9 @@ def bytes_held(cluster):
     optimizers = [adam(models[0], 1e-3, settings), adam(models[2], 1e-3, settings)]
     tokens, mask = torch.arange(2, 42).view(4, 10), torch.ones(4, 10, dtype=torch.bool)
     with torch.no_grad():
-        response_logprobs(models[1], tokens, mask, 4, RULE)
+        response_logprobs(models[1], tokens, mask, mask[:, -4:], RULE)
         models[3](tokens, mask)
-    response_logprobs(models[0], tokens, mask, 4, RULE)[0].sum().backward()
+    response_logprobs(models[0], tokens, mask, mask[:, -4:], RULE)[0].sum().backward()
     models[2](tokens, mask).sum().backward()
     for optimizer in optimizers:
         optimizer.step()
@@ -135,7 +135,7 @@ def few(cluster):
     rows = rows_of_a_minibatch().rows(torch.tensor([0]))
     made = Actors(cluster, None, RULE, policy, None, value, None, adam(policy, 1e-3, LOOP), adam(value, 1e-3, LOOP),
                   PPOState(0.1))  # fmt: skip
-    changed = type("Config", (Settings,), {"ppo": replace(LOOP, microbatch=2)})
+    changed = type("Config", (Settings,), {"ppo": replace(LOOP, microbatch_tokens=20)})
     ppo_update(made, rows, PtxBatches([([5, 6, 7], 1)], 1, 0), changed, Metrics(), first=False)
     return {"response": single.response.tolist(), "scores": score_all(value, [[4, 5]], 0, 8, cluster).tolist()}
 
@@ -149,7 +149,7 @@ def half(single):
     logits.float().square().mean().backward()
     parameter = next(policy.parameters())
     exact = fresh_policy()(input_ids=tokens).logits
-    history, before, after, _ = loop(cluster, {"ppo": replace(LOOP, microbatch=3)})
+    history, before, after, _ = loop(cluster, {"ppo": replace(LOOP, microbatch_tokens=30)})
     return {
         "dtypes": [
             str(x) for x in (logits.dtype, parameter.dtype, parameter.grad.dtype, next(frozen.parameters()).dtype)

@@ -35,6 +35,16 @@ def test_the_chain_runs_and_its_self_checks_hold(tmp_path, dtype):
     assert all(row[f"ppo/peak_memory_gib/{phase}"] > 0 for row in rows for phase in ("rollout", "scoring", "update"))
 
 
+@pytest.mark.parametrize("words", [["rollout=compiled", "ppo.importance_cap=2"], ["ppo.packing=true"]])
+def test_compiled_sampling_and_packed_rows_agree_with_the_plain_ones(tmp_path, words):
+    """CUDA graphs sample from the trained policy but for rounding; the ratio of packed rows starts at 1."""
+    words = ["rlhf", *SMALL, "name=a", "compute_dtype=bfloat16", *words]
+    done = subprocess.run(command(*words), cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+    rows = [json.loads(line) for line in (tmp_path / "runs/a/ppo/metrics.jsonl").read_text("utf-8").splitlines()]
+    assert max(row["ppo/engine_gap"] for row in rows) <= 0.05 and max(row["ppo/ratio_error"] for row in rows) <= 0.1
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_goes_on(tmp_path, number):
     run = subprocess.Popen(command("rlhf", *SMALL, "name=a"), cwd=tmp_path, env={**os.environ})

@@ -95,7 +95,7 @@ class Exact:
         """[156] float64, which sum to 1 as probabilities."""
         mask = torch.cat([torch.ones_like(self.real[:, :1]), self.real], dim=1)
         with torch.no_grad():
-            each, _ = response_logprobs(policy, self.tokens, mask, LONGEST, RULE)
+            each, _ = response_logprobs(policy, self.tokens, mask, mask[:, -LONGEST:], RULE)
         total = torch.where(self.real, each.double(), 0.0).sum(dim=1)
         assert abs(float(total.exp().sum()) - 1.0) < 1e-5
         return total
@@ -120,7 +120,8 @@ def settings(name: str, **changes) -> dict:
 def config_of(algorithm: str, beta: float, seed: int, iterations: int, **changes) -> SimpleNamespace:
     """What `ppo_iteration` reads of a RunConfig; gamma = lambda = 1, nothing done to scores, KL k1 in the reward."""
     tuned = {**TUNED[algorithm], **changes}
-    ppo = settings("ppo/default", episodes=iterations * tuned["batch"], microbatch=tuned["minibatch"], **tuned)
+    budget = {"episodes": iterations * tuned["batch"], "microbatch_tokens": 64 * tuned["minibatch"]}
+    ppo = settings("ppo/default", **budget, **tuned)
     advantage = {
         "ppo": lambda: GAE(**settings("advantage/gae", gamma=1.0, lam=1.0)),
         "rloo": lambda: RLOO(**settings("advantage/rloo")),

@@ -138,7 +138,7 @@ def test_the_same_command_reuses_every_stage(here, monkeypatch, capsys):
 
 
 def test_settings_without_effect_on_the_result_do_not_end_reuse(here, monkeypatch, capsys):
-    words = ["ppo.microbatch=4", "tracking.mode=disabled", "sft.microbatch=8", "rollout.batch=7"]
+    words = ["ppo.microbatch_tokens=400", "tracking.mode=disabled", "sft.microbatch=8", "rollout.batch=7"]
     assert alignkit(monkeypatch, "rlhf", *SMALL, *words, "name=c") == 0
     assert capsys.readouterr().out.count("reused") == 4
 

@@ -29,7 +29,8 @@ PPO = PPOSettings(
     batch=8,
     samples_per_prompt=1,
     minibatch=4,
-    microbatch=3,
+    microbatch_tokens=33,  # three of the longest rows
+    packing=False,
     epochs=2,
     learning_rate=1e-3,
     value_learning_rate=2e-3,
@@ -51,6 +52,8 @@ PPO = PPOSettings(
     stop_kl=None,
     max_grad_norm=None,
     ema=None,
+    importance_cap=None,
+    max_engine_gap=None,
     self_checks=True,
     evaluate_every=None,
     evaluate_prompts=4,
@@ -73,7 +76,12 @@ class Recorder(torch.optim.SGD):
 
     def step(self, closure=None) -> None:
         held = zip(self.names, self.param_groups[0]["params"])
-        self.steps.append({name: value.grad.full_tensor().clone() for name, value in held if value.grad is not None})
+        self.steps.append({name: whole(value.grad).clone() for name, value in held if value.grad is not None})
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be split."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def flat(gradient: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -124,15 +132,15 @@ def minibatch_of(actors: Actors) -> Minibatch:
     for row, (prompt, response) in enumerate(zip(prompts, responses)):
         mask[row, WIDTH - prompt : WIDTH + response] = True
     real = mask[:, WIDTH:]
-    rollout = ppo.Rollout(tokens, mask, real, torch.ones(ROWS, dtype=torch.bool))
+    rollout = ppo.Rollout(tokens, mask, real, torch.ones(ROWS, dtype=torch.bool), torch.zeros(ROWS, LENGTH))
     dtype = actors.plain[0].dtype
 
     def near(values: torch.Tensor, spread: float) -> torch.Tensor:
         noise = torch.randn(values.shape, generator=generator, dtype=torch.float64) * spread
         return torch.where(real, values.double() + noise, torch.nan).to(dtype)
 
-    logprobs, _ = logprobs_of(actors.policy, rollout, actors.rule, ROWS)
-    values, zero = values_of(actors.value_model, rollout, ROWS), torch.zeros(ROWS, LENGTH)
+    (logprobs,) = logprobs_of(actors.policy, rollout, actors.rule, cut(rollout, ROWS))
+    values, zero = values_of(actors.value_model, rollout, cut(rollout, ROWS)), torch.zeros(ROWS, LENGTH)
     return Minibatch(
         tokens=tokens,
         mask=mask,
@@ -142,6 +150,7 @@ def minibatch_of(actors: Actors) -> Minibatch:
         ref_logprobs=near(logprobs, 0.5),
         old_values=near(values, 0.5),
         advantages=near(zero, 1.0),
+        importance=near(zero, 0.0) + 1.0,
         returns=near(values, 1.0),
     )
 
@@ -166,7 +175,13 @@ def update(actors: Actors, batch: Minibatch, config, ptx: PtxBatches | None = No
 
 
 def rollout_of(batch: Minibatch):
-    return ppo.Rollout(batch.tokens, batch.mask, batch.response_mask, torch.ones(len(batch), dtype=torch.bool))
+    finished, logprobs = torch.ones(len(batch), dtype=torch.bool), batch.old_logprobs
+    return ppo.Rollout(batch.tokens, batch.mask, batch.response_mask, finished, logprobs)
+
+
+def cut(rollout: ppo.Rollout, rows: int) -> list[torch.Tensor]:
+    """Micro-batches of so many rows, from the shortest to the longest."""
+    return list(rollout.mask.sum(dim=1).argsort(stable=True).split(rows))
 
 
 def prompts_of(actors: Actors):

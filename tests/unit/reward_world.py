@@ -35,10 +35,14 @@ def answers_of(encoder, prompts=PROMPTS, responses=RESPONSES, finished=FINISHED)
     before, before_mask = pad_left([encoder.prompt(prompt) for prompt in prompts], 0)
     after, after_mask = pad_right(ids, 0)
     tokens, mask = torch.cat([before, after], dim=1), torch.cat([before_mask, after_mask], dim=1)
-    return Answers(Rollout(tokens, mask, after_mask, torch.tensor(finished)), list(prompts), list(responses))
+    return Answers(
+        Rollout(tokens, mask, after_mask, torch.tensor(finished), torch.zeros(after_mask.shape)),
+        list(prompts),
+        list(responses),
+    )
 
 
-def scored(source, answers, cluster, out, microbatch=2, name="reward"):
+def scored(source, answers, cluster, out, microbatch=20, name="reward"):
     """Scores of these answers as PPO gets them, and the share that failed."""
     hand = cluster.deal(answers.rollout.mask.sum(dim=1))
     order = hand.rows.tolist()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alignkit.algo.batching import deal, length_order, pad_left, pad_right, permutation, prompt_indices
+from alignkit.algo.batching import deal, pad_left, pad_right, permutation, prompt_indices, token_cuts
 
 ROWS = [[5, 6, 7], [8], [9, 10]]
 
@@ -25,10 +25,16 @@ def test_padding_is_known_by_the_mask_alone():
         assert [row[keep].tolist() for row, keep in zip(tokens, mask)] == [[0, 0], [0]]
 
 
-def test_length_order_is_from_short_to_long_and_stable():
-    mask = torch.arange(4)[None, :] < torch.tensor([3, 1, 4, 1, 3])[:, None]
-    assert length_order(mask).tolist() == [1, 3, 0, 4, 2]
-    assert length_order(mask.flip(1)).tolist() == [1, 3, 0, 4, 2]
+@pytest.mark.parametrize("budget", [1, 7, 40, 64, 1000])
+def test_micro_batches_hold_no_more_than_their_budget(budget):
+    lengths = torch.tensor([1, 1, 2, 5, 8, 8, 13, 20, 21, 64])
+    sizes = token_cuts(lengths, budget)
+    assert sum(sizes) == len(lengths)
+    parts = lengths.split(sizes)
+    for part, following in zip(parts, [*parts[1:], None]):
+        assert len(part) * int(part.max()) <= budget or len(part) == 1
+        if following is not None:
+            assert (len(part) + 1) * int(following[0]) > budget, "another row would have fitted"
 
 
 def test_a_permutation_depends_on_its_seeds_alone():

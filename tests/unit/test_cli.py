@@ -49,7 +49,7 @@ def test_help_lists_every_recipe_with_what_it_does(cli, words):
     assert (code, err) == (0, "")
     assert [line.split()[0] for line in listed] == [
         *("rlhf", "sft", "reward_model", "ppo", "evaluate"),
-        *("denoise", "frontier", "overoptimize"),
+        *("bench", "denoise", "frontier", "overoptimize"),
     ]
     assert all(len(line.split(maxsplit=1)[1]) > 20 for line in listed)
 
@@ -61,7 +61,7 @@ def test_version_is_the_packages(cli):
 def test_an_unknown_recipe_ends_with_code_2(cli):
     code, out, err = cli("nope", "seed=1")
     assert (code, out) == (2, "")
-    named = "rlhf, sft, reward_model, ppo, evaluate, denoise, frontier, overoptimize"
+    named = "rlhf, sft, reward_model, ppo, evaluate, bench, denoise, frontier, overoptimize"
     assert err == f"error: no recipe 'nope'; recipes: {named} (alignkit --help)\n"
 
 

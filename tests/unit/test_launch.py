@@ -37,6 +37,7 @@ from alignkit.runtime.failure import failure, forget, reports_of, saved
 from alignkit.runtime.launch import SMALL_MODEL, _echo, run_stage, worker_environment
 from alignkit.runtime.settings import LaunchSettings
 from alignkit.runtime.signals import Noted, Stopped, hand_on, raise_stopped, relay, signals_to
+from alignkit.runtime.worker import bind_threads
 
 
 def settings(processes: int = 1, threads: int | str = "auto", inline: bool = False):
@@ -379,8 +380,22 @@ def eight_cores(monkeypatch):
 def test_threads_of_a_rank(eight_cores, processes, threads, num_parameters, expected):
     environment = worker_environment(settings(processes, threads), num_parameters)
     assert environment["OMP_NUM_THREADS"] == expected
-    bound = (environment.get("OMP_PROC_BIND"), environment.get("OMP_PLACES"))
-    assert bound == (("true", "threads") if expected != "1" else (None, None))
+    assert "OMP_PROC_BIND" not in environment, "the process that starts the ranks would be bound, and they with it"
+
+
+@pytest.mark.parametrize(
+    "local_rank, threads, expected", [(0, 1, None), (0, 2, [4, 5]), (1, 2, [6, 9]), (0, 4, [4, 5, 6, 9]), (1, 4, None)]
+)
+def test_each_rank_binds_its_threads_to_cores_of_its_own(local_rank, threads, expected, monkeypatch):
+    bound = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {9, 4, 6, 5})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: bound.append(cores))
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+    for name in ("OMP_PROC_BIND", "OMP_PLACES"):
+        monkeypatch.setenv(name, "as before")
+    bind_threads(local_rank)
+    assert bound == ([expected] if expected else [])
+    assert os.environ["OMP_PROC_BIND"] == ("true" if expected else "as before")
 
 
 def test_what_an_outer_torchrun_said_is_forgotten(monkeypatch):

@@ -1,5 +1,7 @@
 """Clipped losses by hand, their gradients, their aggregation, and padding that reaches neither value nor gradient."""
 
+import math
+
 import numpy as np
 import pytest
 import reference
@@ -15,6 +17,7 @@ from alignkit.algo.losses import (
     negative_log_likelihood,
     pairwise_loss,
     preference_loss,
+    truncated_importance,
 )
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -449,3 +452,13 @@ def test_a_margin_of_another_shape_is_refused():
 def test_faults_of_the_aggregation_are_refused(mask, how, message):
     with pytest.raises(ValueError, match=message):
         aggregate(NEW, mask, how, tokens=13, rows=4)
+
+
+def test_truncated_importance_by_hand():
+    policy = torch.tensor([[-1.0, -2.0, -0.5, -3.0]]).double().requires_grad_()
+    engine = torch.tensor([[-1.0, -2.5, -2.5, 7.0]]).double()
+    mask = torch.tensor([[True, True, True, False]])
+    weights = truncated_importance(policy, engine, mask, cap=2.0)
+    assert weights.tolist() == [[1.0, pytest.approx(math.exp(0.5)), 2.0, 0.0]] and not weights.requires_grad
+    with pytest.raises(ValueError, match="cap must be at least 1"):
+        truncated_importance(policy, engine, mask, cap=0.5)

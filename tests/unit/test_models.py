@@ -77,7 +77,7 @@ def scorer(folder):
 def test_response_logprobs_of_a_ragged_batch_are_those_of_each_sequence_alone(policy):
     tokens, mask, rows = ragged(policy.config.vocab_size)
     with torch.no_grad():
-        logprobs, entropy = response_logprobs(policy, tokens, mask, LENGTH, RULE, entropy=True)
+        logprobs, entropy = response_logprobs(policy, tokens, mask, mask[:, -LENGTH:], RULE, entropy=True)
         for number, (row, prompt, response) in enumerate(zip(rows, PROMPTS, RESPONSES)):
             logits = policy(input_ids=row).logits[0, prompt - 1 : -1].double() / 0.7
             logits[: RULE.min_response, 1] = -torch.inf
@@ -94,7 +94,7 @@ def test_the_gradient_of_a_ragged_batch_is_the_sum_of_those_of_its_sequences(pol
     """In float64; the RMS norms and rotary tables of some families compute in float32 all the same."""
     model = copy.deepcopy(policy).double()
     tokens, mask, rows = ragged(model.config.vocab_size)
-    logprobs, _ = response_logprobs(model, tokens, mask, LENGTH, SamplingRule(1.0, (1,)))
+    logprobs, _ = response_logprobs(model, tokens, mask, mask[:, -LENGTH:], SamplingRule(1.0, (1,)))
     torch.where(mask[:, WIDTH:], logprobs, 0.0).sum().backward()
     batch = gradient(model)
     for row, prompt in zip(rows, PROMPTS):
@@ -164,9 +164,9 @@ def test_absorbing_the_normalisation_makes_values_start_in_the_rewards_units(fol
         expected = (score_sequences(reward, tokens, mask) - mean) / std
         torch.testing.assert_close(at_the_end, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(score_sequences(reward, tokens, mask, mean=mean, std=std), expected)
-        twice = (value(tokens, mask) - 0.5) / 2.0
+        twice = (value(tokens, mask)[mask] - 0.5) / 2.0
         value.absorb_affine(0.5, 2.0)
-        torch.testing.assert_close(value(tokens, mask), twice, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(value(tokens, mask)[mask], twice, rtol=1e-5, atol=1e-5)
 
 
 def test_the_fresh_head_is_deterministic_and_no_part_of_the_backbone_is(folder, policy):
@@ -218,11 +218,11 @@ def test_training_mode_computes_what_evaluation_mode_computes(architecture, tiny
     tokens, mask, _ = ragged(model.config.vocab_size)
     rule = SamplingRule(1.0, (1,))
     with torch.no_grad():
-        before, _ = response_logprobs(model, tokens, mask, LENGTH, rule)
-        noisy, _ = response_logprobs(model.train(), tokens, mask, LENGTH, rule)
+        before, _ = response_logprobs(model, tokens, mask, mask[:, -LENGTH:], rule)
+        noisy, _ = response_logprobs(model.train(), tokens, mask, mask[:, -LENGTH:], rule)
         assert not torch.allclose(noisy, before), "the architecture has no dropout to be turned off"
         disable_dropout(model)
-        after, _ = response_logprobs(model.train(), tokens, mask, LENGTH, rule)
+        after, _ = response_logprobs(model.train(), tokens, mask, mask[:, -LENGTH:], rule)
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 

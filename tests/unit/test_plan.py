@@ -61,8 +61,8 @@ SMALL = {  # a model whose activations are larger than its weights, so that both
     "pad_token_id": 0,
 }  # fmt: skip
 LOOP = (  # one PPO iteration of it
-    "ppo.batch=4", "ppo.minibatch=4", "ppo.microbatch=2", "ppo.episodes=40", "ppo.epochs=1", "ppo.max_prompt=56",
-    "rollout.max_response=8", "rollout.min_response=7", "rollout.batch=4", "reward.normalise=none",
+    "ppo.batch=4", "ppo.minibatch=4", "ppo.microbatch_tokens=128", "ppo.episodes=40", "ppo.epochs=1",
+    "ppo.max_prompt=56", "rollout.max_response=8", "rollout.min_response=7", "rollout.batch=4", "reward.normalise=none",
 )  # fmt: skip
 
 
@@ -282,24 +282,25 @@ def test_weights_and_moments_of_a_rank_after_a_step(ranks, dtype, folders):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("task", ["causal", "scalar"])
+@pytest.mark.parametrize("task", ["causal", "causal in pieces", "scalar"])
 @pytest.mark.parametrize("backward", [True, False], ids=["trained", "frozen"])
-def test_the_peak_of_a_sharded_model_is_the_allocators(ranks, backward, task, checkpointing):
+def test_the_peak_of_a_sharded_model_is_the_allocators(ranks, backward, task, checkpointing, monkeypatch):
     """FSDP2's own memory included. Measured within 0.6% on one rank and on eight."""
     if checkpointing and not backward:
         return
     rows, width, response = 4, 48, 24
+    if task == "causal in pieces":  # of 40, 40 and 16 tokens
+        monkeypatch.setattr("alignkit.models.policy.LOGITS_BYTES", 40 * 4 * SMALL["vocab_size"])
     config = small_config("llama")
 
     def model_on(device: str, attention: str) -> nn.Module:
-        factory = AutoModelForCausalLM if task == "causal" else AutoModelForSequenceClassification
+        factory = AutoModelForSequenceClassification if task == "scalar" else AutoModelForCausalLM
         with torch.device(device):
             model = factory.from_config(copy.deepcopy(config), attn_implementation=attention)
-            return model if task == "causal" else ScalarModel(model)
+            return ScalarModel(model) if task == "scalar" else model
 
-    def work(model: nn.Module, device: str) -> Callable:
-        tokens = torch.ones(rows, width, dtype=torch.long, device=device)
-        mask = torch.ones(rows, width, dtype=torch.bool, device=device)
+    def work(model: nn.Module) -> Callable:
+        tokens, mask = torch.ones(rows, width, dtype=torch.long), torch.ones(rows, width, dtype=torch.bool)
         mask[:, :2] = False
 
         def call() -> None:
@@ -307,7 +308,7 @@ def test_the_peak_of_a_sharded_model_is_the_allocators(ranks, backward, task, ch
                 if task == "scalar":
                     values = model(tokens, mask)
                 else:
-                    values, _ = response_logprobs(model, tokens, mask, response, SamplingRule(1.0, (0,)))
+                    values, _ = response_logprobs(model, tokens, mask, mask[:, -response:], SamplingRule(1.0, (0,)))
             if backward:
                 torch.autograd.backward([values.sum()])
 
@@ -317,9 +318,9 @@ def test_the_peak_of_a_sharded_model_is_the_allocators(ranks, backward, task, ch
     meta = model_on("meta", ATTENTION).train(backward).requires_grad_(backward)
     if checkpointing:
         getattr(meta, "classifier", meta).gradient_checkpointing_enable({"use_reentrant": False})
-    counted = sum(peak_of(meta, work(meta, "meta"), ranks, SMALL["vocab_size"]).values())
+    counted = sum(peak_of(meta, work(meta), ranks, SMALL["vocab_size"]).values())
     real = cluster.shard(model_on("cpu", "sdpa"), trainable=backward)
-    call = work(real, "cpu")
+    call = work(real)
     call()
     cluster.rest(real)
     assert counted == pytest.approx(allocated(call)[1], rel=0.01)
@@ -364,7 +365,7 @@ def peaks_of_an_iteration(config: RunConfig, place: Path, measure: Callable, mon
     actors = load_actors(job, cluster)
     prompt = list(range(2, 2 + config.ppo.max_prompt))
     prompts = [(f"prompt {i}", prompt[: len(prompt) - (i == 0)]) for i in range(config.ppo.batch)]
-    ptx = PtxBatches([], config.ptx.batch, config.seed)
+    ptx = PtxBatches([(list(range(2, 2 + config.ptx.max_length)), 1)], config.ptx.batch, config.seed)
     ppo.ppo_iteration(actors, prompts, ptx, job, None)
     found: dict[str, list[int]] = {}
 
@@ -381,6 +382,7 @@ def peaks_of_an_iteration(config: RunConfig, place: Path, measure: Callable, mon
     watch(ppo, "sample", "rollout")
     watch(ppo, "score", "scoring")
     watch(ppo_update, "policy_backward", "policy update")
+    watch(ppo_update, "ptx_backward", "ptx")
     watch(ppo_update, "value_backward", "value update")
     watch(ppo_update, "step", "step")
     ppo.ppo_iteration(actors, prompts, ptx, job, None)
@@ -388,15 +390,18 @@ def peaks_of_an_iteration(config: RunConfig, place: Path, measure: Callable, mon
 
 
 RECOMPUTED = "sharding.activation_checkpointing=true"
+PTX = ("ptx.coef=1", "ptx.batch=4", "ptx.max_length=64")
 
 
-@pytest.mark.parametrize("words", [(), (RECOMPUTED, "peft=lora")], ids=["whole", "adapter, recomputed"])
+@pytest.mark.parametrize("words", [(), PTX, (RECOMPUTED, "peft=lora")], ids=["whole", "ptx", "adapter, recomputed"])
 def test_the_phases_of_a_real_iteration_peak_where_the_cpus_allocator_says(words, one_rank, folders, monkeypatch):
-    """Beyond the weights and moments that are there before. Measured 0.96 to 1.01 of what is planned; what is left from
+    """Beyond the weights and moments that are there before. Measured 1.00 to 1.01 of what is planned; what is left from
     before and freed inside counts against it."""
     words = (f"policy={folders / 'policy'}", f"reward.path={folders / 'reward'}", *LOOP, *words)
     phases = planned("ppo", *words)
     found = peaks_of_an_iteration(config_of("ppo", *words), folders, allocated, monkeypatch)
+    gradients = phases["policy update"].models["policy"].gradients  # there before the first text of ptx
+    found["policy update"].append(found["ptx"][0] + gradients)
     for name, phase in phases.items():
         expected = sum(f.total - f.weights - f.optimizer for f in phase.models.values())
         assert max(found[name]) == pytest.approx(expected, rel=0.06), name
@@ -407,7 +412,7 @@ def test_the_phases_of_a_real_iteration_peak_where_the_cpus_allocator_says(words
 GROWS = {  # what changes -> the phases that it makes smaller
     "sharding.activation_checkpointing=true": {"policy update", "value update", "sft", "reward_model"},
     "compute_dtype=bfloat16": {"rollout", "scoring", "policy update", "value update", "sft", "reward_model"},
-    "ppo.microbatch=4": {"scoring", "policy update", "value update"},
+    "ppo.microbatch_tokens=384": {"scoring", "policy update", "value update"},
     "sft.microbatch=4": {"sft"},
     "reward_model.microbatch=4": {"reward_model"},
     "rollout.batch=4": {"rollout"},
@@ -420,8 +425,8 @@ GROWS = {  # what changes -> the phases that it makes smaller
     "advantage=reinforce_pp": {"rollout", "scoring", "policy update"},
 }
 MIDDLE = (  # on the embedded default, a model whose weights and activations are of about one size
-    "model.hidden_size=256", "model.vocab_size=4000", "sft.max_length=128", "ppo.batch=32",
-    "ppo.minibatch=32", "ppo.microbatch=8", "sft.microbatch=8", "reward_model.microbatch=8", "ppo.episodes=320",
+    "model.hidden_size=256", "model.vocab_size=4000", "sft.max_length=128", "ppo.batch=8",
+    "ppo.minibatch=8", "ppo.microbatch_tokens=768", "sft.microbatch=8", "reward_model.microbatch=8", "ppo.episodes=80",
 )  # fmt: skip
 
 
@@ -444,6 +449,14 @@ def test_each_setting_makes_smaller_what_it_is_there_for_and_nothing_larger(word
             assert phase.total < before[name].total, name
         else:
             assert phase.total <= before[name].total, name
+
+
+@pytest.mark.parametrize("of, made", [(64, (2, 450, 100)), (8, (1, 500, 100)), (1, (1, 500, 100))])
+def test_a_micro_batch_is_as_full_as_the_budget_and_the_rows_allow(of, made, middle):
+    """1,100 tokens are two rows of 550 rather than one of 600; on eight ranks, eight rows are one each."""
+    config = config_of("rlhf", *MIDDLE, "launch.processes=8", "ppo.microbatch_tokens=1100")
+    cast = Cast.of(config, *middle, Layout.of(config))
+    assert cast.micro(of, 500, 100) == made
 
 
 def test_replicas_split_nothing_and_groups_split_as_far_as_they_go(middle):
@@ -532,7 +545,7 @@ def test_it_says_that_it_fits_with_a_tenth_left(cli, flag):
 
 
 def test_it_says_what_would_help_and_by_how_much(cli):
-    words = ("model.hidden_size=128", "model.vocab_size=4000", "ppo.microbatch=32")
+    words = ("model.hidden_size=128", "model.vocab_size=4000", "ppo.microbatch_tokens=3072")
     code, out, err = cli("plan", "ppo", *words, "--gpu-memory", "0.2")
     assert (code, err) == (1, "")
     assert "does not fit: 184.32 MiB of 0.2 GiB can be planned" in out
@@ -632,9 +645,9 @@ def on_gpu(call: Callable) -> tuple[object, int]:
 
 
 LARGE = (  # half a billion random weights, sequences long enough that activations and logits are several GiB
-    "ppo.batch=32", "ppo.minibatch=32", "ppo.microbatch=8", "ppo.episodes=320", "ppo.epochs=1", "ppo.max_prompt=256",
-    "rollout.max_response=256", "rollout.min_response=255", "rollout.batch=32", "reward.normalise=none",
-    "ppo.self_checks=false",
+    "ppo.batch=32", "ppo.minibatch=32", "ppo.microbatch_tokens=4096", "ppo.episodes=320", "ppo.epochs=1",
+    "ppo.max_prompt=256", "rollout.max_response=256", "rollout.min_response=255", "rollout.batch=32",
+    "reward.normalise=none", "ppo.self_checks=false",
 )  # fmt: skip
 
 
@@ -682,3 +695,11 @@ def test_training_with_trl_peaks_where_the_gpus_allocator_says(stage, dtype, lar
     peak = torch.cuda.max_memory_allocated()
     print(f"{stage}: measured {peak / GIB:.2f} GiB, planned {phase.total / GIB:.2f} GiB")
     assert peak == pytest.approx(phase.total, rel=0.15)
+
+
+def test_an_engine_with_weights_of_its_own_takes_a_copy_more():
+    words = ("model.hidden_size=128", "model.vocab_size=4000")
+    native, compiled = ({p.name: p for p in plan("ppo", config_of("ppo", *words, f"rollout={name}"))}["rollout"]
+                        for name in ("native", "compiled"))  # fmt: skip
+    found = [sum(f.gathered for f in phase.models.values()) for phase in (native, compiled)]
+    assert found[1] == pytest.approx(2 * found[0], rel=0.01)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel
-from ppo_world import PROMPTS, TEXTS, config_of
+from ppo_world import PROMPTS, TEXTS, config_of, cut
 from safetensors.torch import load_file
 
 from alignkit.models.loading import load_causal, load_scorer, scorer_from_policy
@@ -95,8 +95,8 @@ def test_reference_and_reward_stay_those_of_the_bases_while_the_adapters_learn(n
         expected = score_sequences(alone, seen.tokens, seen.mask)
     torch.testing.assert_close(actors.reward.scores, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(
-        logprobs_of(actors.reference, seen, actors.rule, 8)[0],
-        logprobs_of(base, seen, actors.rule, 8)[0],
+        logprobs_of(actors.reference, seen, actors.rule, cut(seen, 8))[0],
+        logprobs_of(base, seen, actors.rule, cut(seen, 8))[0],
         rtol=0,
         atol=1e-5,
     )
@@ -114,17 +114,23 @@ def test_what_is_saved_computes_what_was_trained(name, merge, folders, cluster, 
     ppo.save_policy(actors, cluster.full_state(actors.policy), job)
     tokens = torch.randint(2, 270, (3, 9), generator=torch.Generator().manual_seed(2))
     rollout = ppo.Rollout(
-        tokens, torch.ones(3, 9, dtype=torch.bool), torch.ones(3, 5, dtype=torch.bool), torch.ones(3) > 0
+        tokens,
+        torch.ones(3, 9, dtype=torch.bool),
+        torch.ones(3, 5, dtype=torch.bool),
+        torch.ones(3) > 0,
+        torch.zeros(3, 5),
     )
-    expected = logprobs_of(actors.policy, rollout, actors.rule, 3)[0]
+    expected = logprobs_of(actors.policy, rollout, actors.rule, cut(rollout, 3))[0]
     saved = {"ours": load_causal(tmp_path / "model")}
     if name != "bitfit":
         place = tmp_path / ("adapter" if merge else "model")
-        saved["peft"] = PeftModel.from_pretrained(load_causal(folders["policy"]), str(place))
-    base = logprobs_of(actors.reference, rollout, actors.rule, 3)[0]
+        saved["peft"] = PeftModel.from_pretrained(load_causal(folders["policy"]), str(place)).get_base_model()
+    base = logprobs_of(actors.reference, rollout, actors.rule, cut(rollout, 3))[0]
     assert float((base - expected).abs().max()) > 1e-3, "an adapter that did not move proves nothing"
     for model in saved.values():
-        torch.testing.assert_close(logprobs_of(model.eval(), rollout, actors.rule, 3)[0], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            logprobs_of(model.eval(), rollout, actors.rule, cut(rollout, 3))[0], expected, rtol=0, atol=1e-5
+        )
 
 
 def test_averaged_weights_of_an_adapter_are_those_of_its_tensors_alone(folders, cluster, tmp_path):

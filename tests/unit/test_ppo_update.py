@@ -12,6 +12,7 @@ from ppo_world import (
     ROWS,
     TEXTS,
     config_of,
+    cut,
     distance,
     flat,
     iterate,
@@ -27,6 +28,7 @@ from alignkit.algo.types import Minibatch
 from alignkit.errors import TrainingError, UserError
 from alignkit.models.loading import make_encoder
 from alignkit.reward.source import Answers
+from alignkit.rollout.compiled import Compiled, Copy
 from alignkit.stages import ppo
 from alignkit.stages.actors import Actors, logprobs_of, values_of
 from alignkit.stages.job import Job
@@ -69,18 +71,20 @@ def test_the_gradient_is_that_of_a_plain_computation(exact):
 
 
 @pytest.mark.parametrize("dtype, limit", [("float64", 1e-12), ("float32", 1e-6)])
-@pytest.mark.parametrize("change", ["microbatch 4", "microbatch 3", "microbatch 1", "order", "padding"])
+@pytest.mark.parametrize("change", ["44 tokens", "33 tokens", "1 token", "order", "padding"])
 def test_the_gradient_depends_on_no_layout(change, dtype, limit, exact, single):
     actors = exact if dtype == "float64" else single
-    batch, config = minibatch_of(actors), config_of(microbatch=8)
+    batch, config = minibatch_of(actors), config_of(microbatch_tokens=88)
     policy, value, metrics = update(actors, batch, config)
-    if change.startswith("microbatch"):
-        config = config_of(microbatch=int(change.split()[1]))
+    metrics.pop("padding_fraction")
+    if "token" in change:
+        config = config_of(microbatch_tokens=int(change.split()[0]))
     elif change == "order":
-        batch, config = batch.rows(torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])), config_of(microbatch=3)
+        batch, config = batch.rows(torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])), config_of(microbatch_tokens=33)
     else:
         batch = padded(batch, 3, 2)
     other_policy, other_value, other_metrics = update(actors, batch, config)
+    assert 0 <= other_metrics.pop("padding_fraction") < 0.5
     assert distance(other_policy, policy) <= limit
     assert distance(other_value, value) <= limit
     assert other_metrics == pytest.approx(metrics, rel=1e-9 if dtype == "float64" else 1e-4, abs=1e-6)
@@ -89,21 +93,24 @@ def test_the_gradient_depends_on_no_layout(change, dtype, limit, exact, single):
 def test_a_padded_rectangle_that_is_not_trimmed_gives_the_same_log_probabilities_and_values(exact):
     batch = minibatch_of(exact)
     wide = padded(batch, 3, 2)
-    narrow = logprobs_of(exact.policy, rollout_of(batch), exact.rule, 8)[0]
-    for microbatch in (8, 3, 1):
-        logprobs, entropy = logprobs_of(exact.policy, rollout_of(wide), exact.rule, microbatch)
+    rollout = rollout_of(batch)
+    narrow = logprobs_of(exact.policy, rollout, exact.rule, cut(rollout, 8))[0]
+    for rows in (8, 3, 1):
+        micros = cut(rollout_of(wide), rows)
+        logprobs, entropy = logprobs_of(exact.policy, rollout_of(wide), exact.rule, micros, entropy=True)
         torch.testing.assert_close(logprobs[:, :LENGTH], narrow, rtol=0, atol=1e-6)
         assert not logprobs[~wide.response_mask].any() and not entropy[~wide.response_mask].any()
-        values = values_of(exact.value_model, rollout_of(wide), microbatch)
+        values = values_of(exact.value_model, rollout_of(wide), micros)
         torch.testing.assert_close(
-            values[:, :LENGTH], values_of(exact.value_model, rollout_of(batch), 8), atol=1e-6, rtol=0
+            values[:, :LENGTH], values_of(exact.value_model, rollout, cut(rollout, 8)), atol=1e-6, rtol=0
         )
 
 
 def test_scoring_equals_each_row_alone_with_the_value_read_before_its_token(exact):
     batch, (policy, value) = minibatch_of(exact), exact.plain
-    logprobs, entropy = logprobs_of(exact.policy, rollout_of(batch), exact.rule, 3)
-    values = values_of(exact.value_model, rollout_of(batch), 3)
+    micros = cut(rollout_of(batch), 3)
+    logprobs, entropy = logprobs_of(exact.policy, rollout_of(batch), exact.rule, micros, entropy=True)
+    values = values_of(exact.value_model, rollout_of(batch), micros)
     with torch.no_grad():
         scores = exact.reward.score(Answers(rollout_of(batch), [], []), 3)
         for row in range(ROWS):
@@ -121,8 +128,8 @@ def test_scoring_equals_each_row_alone_with_the_value_read_before_its_token(exac
 def test_scoring_keeps_the_precision_of_the_model(exact):
     """Otherwise a run in float64 is not exact: the ratio starts at 1 only to 1e-7."""
     rollout = rollout_of(minibatch_of(exact))
-    assert logprobs_of(exact.policy, rollout, exact.rule, 8)[0].dtype == torch.float64
-    assert values_of(exact.value_model, rollout, 8).dtype == torch.float64
+    assert logprobs_of(exact.policy, rollout, exact.rule, cut(rollout, 8))[0].dtype == torch.float64
+    assert values_of(exact.value_model, rollout, cut(rollout, 8)).dtype == torch.float64
     assert exact.reward.score(Answers(rollout, [], []), 8).dtype == torch.float64
 
 
@@ -179,9 +186,9 @@ def test_ptx_batches_go_round_and_remember_where_they_are(tiny_tokenizer):
 
 
 @pytest.mark.parametrize("epochs, minibatch", [(1, 8), (2, 4), (3, 2)])
-@pytest.mark.parametrize("microbatch", [1, 8])
-def test_there_is_one_step_a_minibatch_and_epoch(single, epochs, minibatch, microbatch, tmp_path):
-    values, samples = iterate(single, config_of(epochs=epochs, minibatch=minibatch, microbatch=microbatch), tmp_path)
+@pytest.mark.parametrize("tokens", [1, 88])
+def test_there_is_one_step_a_minibatch_and_epoch(single, epochs, minibatch, tokens, tmp_path):
+    values, samples = iterate(single, config_of(epochs=epochs, minibatch=minibatch, microbatch_tokens=tokens), tmp_path)
     for optimizer in (single.policy_optimizer, single.value_optimizer):
         assert len(optimizer.steps) == epochs * 8 // minibatch
         optimizer.steps.clear()
@@ -249,9 +256,9 @@ def test_a_trained_policy_is_saved_as_it_came_with_its_head_tied(make_actors, ti
 def test_old_log_probabilities_of_another_network_stop_the_run(single, tmp_path, monkeypatch):
     genuine = ppo.logprobs_of
 
-    def off(model, rollout, rule, microbatch):
-        logprobs, entropy = genuine(model, rollout, rule, microbatch)
-        return logprobs + 3e-4 * rollout.response_mask, entropy
+    def off(model, rollout, rule, micros, entropy=False):
+        logprobs, *rest = genuine(model, rollout, rule, micros, entropy=entropy)
+        return [logprobs + 3e-4 * rollout.response_mask, *rest]
 
     monkeypatch.setattr(ppo, "logprobs_of", off)
     with pytest.raises(TrainingError, match="iteration 1: the ratio of new to old policy is off by 0.0003"):
@@ -317,3 +324,50 @@ def test_minibatches_cover_every_row_once_an_epoch_in_a_fresh_order(exact):
         seen += [keys.index(tuple(row[keep].tolist())) for row, keep in zip(part.tokens, part.mask)]
     epochs = [seen[start : start + 8] for start in (0, 8, 16)]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and len(set(map(tuple, epochs))) == 3
+
+
+# The engine and the network.
+
+
+def plain_sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-3)
+
+
+def compiled(**changes) -> Compiled:
+    common = {"temperature": 0.9, "min_response": 0, "max_response": 6, "batch": 64, "unshard": True}
+    return Compiled(**{**common, "dtype": "bfloat16", "compile": False, **changes})
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_an_engine_in_a_shorter_dtype_may_differ_by_its_rounding(make_actors, tmp_path, cap):
+    actors = make_actors("llama", torch.float32, optimizer=plain_sgd)
+    config = config_of(importance_cap=cap)
+    config.rollout = compiled()
+    values, _ = iterate(actors, config, tmp_path)
+    assert 1e-5 < values["engine_gap"] < values["engine_gap_max"] and values["engine_gap"] < 0.05
+    config.rollout = compiled(dtype="float32")
+    values, _ = iterate(actors, config, tmp_path, number=1)
+    assert values["engine_gap_max"] < 1e-4
+
+
+def test_an_engine_with_old_weights_stops_the_run(make_actors, tmp_path, monkeypatch):
+    actors = make_actors("llama", torch.float32, optimizer=plain_sgd)
+    config = config_of()
+    config.rollout = compiled(dtype="float32")
+    iterate(actors, config, tmp_path)
+    monkeypatch.setattr(Copy, "take", lambda self, model: None)
+    with torch.no_grad():
+        for parameter in actors.policy.parameters():
+            parameter.mul_(1.1)
+    with pytest.raises(TrainingError, match="the engine that samples is not the policy that is trained"):
+        iterate(actors, config, tmp_path, number=1)
+    config.ppo = replace(config.ppo, max_engine_gap=100.0)
+    iterate(actors, config, tmp_path, number=1)
+
+
+def test_importance_weighs_the_policy_gradient_of_each_token(exact):
+    batch, config = minibatch_of(exact), config_of(clip=0.99, clip_high=1e9)
+    plain = update(exact, batch, config)[0]
+    weights = torch.full_like(batch.importance, 0.25)
+    assert distance(update(exact, replace(batch, importance=weights), config)[0],
+                    {name: 0.25 * value for name, value in plain.items()}) <= 1e-12  # fmt: skip

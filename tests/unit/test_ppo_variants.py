@@ -95,15 +95,15 @@ def test_two_clip_ranges_and_the_dual_clip(exact):
         assert distance(update(exact, batch, without)[0], expected) > 1e-2
 
 
-@pytest.mark.parametrize("microbatch", [8, 3, 1])
-def test_the_mean_of_response_means_weighs_every_response_alike(exact, microbatch):
+@pytest.mark.parametrize("tokens", [88, 33, 1])
+def test_the_mean_of_response_means_weighs_every_response_alike(exact, tokens):
     batch = minibatch_of(exact)
     expected = plain_policy_gradient(
         exact, batch, lambda row, t, logp, token: surrogate(batch, row, t, logp, token), lambda n: 1 / (8 * n)
     )
-    config = config_of(loss_aggregation="seq_mean_token_mean", microbatch=microbatch)
+    config = config_of(loss_aggregation="seq_mean_token_mean", microbatch_tokens=tokens)
     assert distance(update(exact, padded(batch, 2, 3), config)[0], expected) <= 1e-12
-    assert distance(update(exact, batch, config_of(microbatch=microbatch))[0], expected) > 1e-2
+    assert distance(update(exact, batch, config_of(microbatch_tokens=tokens))[0], expected) > 1e-2
 
 
 def test_joint_takes_one_norm_over_both_models_and_weighs_the_value_loss(exact):
@@ -122,11 +122,11 @@ def test_joint_takes_one_norm_over_both_models_and_weighs_the_value_loss(exact):
 def test_the_step_of_adamw_depends_on_no_layout(make_actors, dtype, limit):
     """The weights alone would hide a step that is wrong by a percent: the step itself is compared."""
     steps = []
-    for microbatch, sides, order in ((8, (0, 0), range(8)), (1, (3, 2), [5, 2, 7, 0, 1, 6, 3, 4])):
+    for tokens, sides, order in ((88, (0, 0), range(8)), (1, (3, 2), [5, 2, 7, 0, 1, 6, 3, 4])):
         actors = make_actors("gpt_neox", dtype, optimizer=adamw)
         batch = minibatch_of(actors).rows(torch.tensor(list(order)))
         before = [actors.cluster.full_state(model) for model in (actors.policy, actors.value_model)]
-        ppo.train_on(actors, padded(batch, *sides), PtxBatches(TEXTS, 3, 0), one_step(microbatch))
+        ppo.train_on(actors, padded(batch, *sides), PtxBatches(TEXTS, 3, 0), one_step(tokens))
         after = [actors.cluster.full_state(model) for model in (actors.policy, actors.value_model)]
         steps.append([{name: new[name] - old[name] for name in old} for old, new in zip(before, after)])
     for other, expected in zip(*steps):
@@ -134,8 +134,8 @@ def test_the_step_of_adamw_depends_on_no_layout(make_actors, dtype, limit):
         assert distance({name: other[name] for name in trained}, trained) <= limit
 
 
-def one_step(microbatch):
-    return config_of(ptx=0.1, minibatch=8, epochs=1, microbatch=microbatch, self_checks=False)
+def one_step(tokens):
+    return config_of(ptx=0.1, minibatch=8, epochs=1, microbatch_tokens=tokens, self_checks=False)
 
 
 @pytest.mark.parametrize("epochs, minibatch", [(1, 8), (2, 4), (3, 2)])

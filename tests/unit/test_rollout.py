@@ -67,9 +67,12 @@ def test_rows_that_leave_the_batch_change_no_other_row(sampled):
     assert int(lengths.min()) < int(lengths.max()) and len(lengths.unique()) >= 4
     for row in range(len(LENGTHS)):
         tokens = prompts.tokens[row][prompts.mask[row]][None]
-        alone = decode(model, tokens, torch.ones_like(tokens).bool(), rule_of(engine()), noise[row : row + 1], bool)
+        alone, logprobs = decode(
+            model, tokens, torch.ones_like(tokens).bool(), rule_of(engine()), noise[row : row + 1], bool
+        )
         real = rollout.response_mask[row]
         assert alone[0][real].equal(rollout.response[row][real])
+        torch.testing.assert_close(logprobs[0][real], rollout.engine_logprobs[row][real], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 100])
@@ -126,7 +129,7 @@ def test_no_response_ends_before_min_response(sampled, min_response):
     assert not torch.isin(rollout.response[:, :min_response], torch.tensor(STOPS)).any()
     assert rollout.finished.any() or min_response > 3, "a later token may end it"
     mask = rollout.response_mask
-    logprobs, _ = response_logprobs(model, rollout.tokens, rollout.mask, STEPS, rule_of(native))
+    logprobs, _ = response_logprobs(model, rollout.tokens, rollout.mask, rollout.response_mask, rule_of(native))
     assert torch.isfinite(logprobs[mask]).all(), "what was sampled is possible under the rule of training"
 
 
@@ -136,12 +139,12 @@ def test_training_gives_the_log_probabilities_that_the_sampler_saw(architecture,
     model, prompts, native = tiny_policy(architecture, seed=1).double(), batch_of(), engine(temperature=0.7)
     rollout, rule = generate(model, native, prompts), rule_of(native)
     with torch.no_grad():
-        logprobs, _ = response_logprobs(model, rollout.tokens, rollout.mask, STEPS, rule)
+        logprobs, _ = response_logprobs(model, rollout.tokens, rollout.mask, rollout.response_mask, rule)
         for row in range(8):
             ids = rollout.tokens[row][rollout.mask[row]][None]
             start = int(prompts.mask[row].sum())
             for step in range(int(rollout.response_mask[row].sum())):
-                seen = rule.apply(model(input_ids=ids[:, : start + step]).logits[:, -1:], start=step)[0, 0]
+                seen = rule.apply(model(input_ids=ids[:, : start + step]).logits[:, -1:], place=step)[0, 0]
                 expected = seen.log_softmax(-1)[ids[0, start + step]]
                 torch.testing.assert_close(logprobs[row, step], expected, rtol=0, atol=1e-6)
 
@@ -175,3 +178,22 @@ def test_first_tokens_follow_the_models_probabilities(tiny_policy):
 def test_a_minimum_that_leaves_no_room_is_refused():
     with pytest.raises(ValidationError, match="min_response=14 must be below max_response=14"):
         engine(min_response=STEPS)
+
+
+def test_a_prompt_with_several_responses_is_read_once(tiny_policy):
+    model, seen = tiny_policy("gpt_neox").double(), []
+    alone = [[5, 6, 7], [8], [9, 10, 11, 12]]
+    tokens, mask = pad_left([row for row in alone for _ in range(3)], 0)
+    order = torch.tensor([8, 0, 4, 1, 3, 7, 2, 6, 5])
+    prompts = PromptBatch(tokens[order], mask[order], order)
+    noise = uniform_noise(0, 0, order, STEPS)
+    handle = model.register_forward_pre_hook(
+        lambda _, __, named: seen.append(len(named["input_ids"])), with_kwargs=True
+    )
+    rollout = engine().generate(model, prompts, rule_of(engine()), noise, bool)
+    handle.remove()
+    assert seen[:2] == [3, 9]
+    for row, number in enumerate(order.tolist()):
+        one = PromptBatch(tokens[number : number + 1], mask[number : number + 1], order[row : row + 1])
+        single = engine().generate(model, one, rule_of(engine()), noise[row : row + 1], bool)
+        assert single.response.equal(rollout.response[row : row + 1])

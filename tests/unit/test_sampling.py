@@ -105,7 +105,7 @@ def test_a_draw_follows_the_probabilities():
     """Chi-square over 50,000 draws; 5 degrees of freedom exceed 20.5 once in a thousand."""
     p = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.04, 0.01])
     noise = uniform_noise(0, 0, torch.arange(50_000), 1)[:, 0]
-    counts = draw(p.log().expand(50_000, -1), noise).bincount(minlength=6).double()
+    counts = draw(p.log().expand(50_000, -1), noise)[0].bincount(minlength=6).double()
     expected = p.double() * 50_000
     assert float(((counts - expected) ** 2 / expected).sum()) < 20.5
 
@@ -113,8 +113,8 @@ def test_a_draw_follows_the_probabilities():
 def test_a_draw_is_the_inverse_of_the_cumulative_probability():
     logits = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
     noise = torch.tensor([1e-12, 0.1999, 0.2001, 0.6999, 0.7001, 1 - 1e-12], dtype=torch.float64)
-    assert draw(logits.expand(6, -1), noise).tolist() == [0, 0, 1, 1, 2, 2]
-    assert draw(torch.zeros(1, 2), torch.tensor([0.5], dtype=torch.float64)).tolist() == [1], "halves are exact"
+    assert draw(logits.expand(6, -1), noise)[0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert draw(torch.zeros(1, 2), torch.tensor([0.5], dtype=torch.float64))[0].tolist() == [1], "halves are exact"
 
 
 def test_a_token_of_probability_0_is_never_drawn():
@@ -122,34 +122,36 @@ def test_a_token_of_probability_0_is_never_drawn():
     logits = torch.tensor([-INF, 0.0, -INF, -INF, 1.0, -2000.0, 0.5, -INF, -INF])
     edges = [2.0**-54, 2.0**-53, 0.5, 1 - 2.0**-52, 1 - 2.0**-53]
     noise = torch.cat([torch.tensor(edges, dtype=torch.float64), uniform_noise(0, 0, torch.arange(20_000), 1)[:, 0]])
-    assert set(draw(logits.expand(len(noise), -1), noise).tolist()) == {1, 4, 6}
+    assert set(draw(logits.expand(len(noise), -1), noise)[0].tolist()) == {1, 4, 6}
 
 
 def test_the_last_probable_token_is_drawn_at_the_upper_edge_of_many_distributions():
     logits = torch.randn(3_000, 300, generator=torch.Generator().manual_seed(0)) * 4
     logits[:, -50:] = -INF
-    tokens = draw(logits, torch.full((3_000,), 1 - 2.0**-53, dtype=torch.float64))
+    tokens, _ = draw(logits, torch.full((3_000,), 1 - 2.0**-53, dtype=torch.float64))
     assert torch.isfinite(logits.gather(1, tokens[:, None])).all()
 
 
 def test_a_draw_does_not_depend_on_the_other_rows():
     logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(0))
     noise = uniform_noise(0, 0, torch.arange(64), 1)[:, 0]
-    alone = torch.cat([draw(logits[i : i + 1], noise[i : i + 1]) for i in range(64)])
-    assert draw(logits, noise).equal(alone)
+    alone = torch.cat([draw(logits[i : i + 1], noise[i : i + 1])[0] for i in range(64)])
+    assert draw(logits, noise)[0].equal(alone)
 
 
 def test_temperature_divides_the_logits():
     logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
     rule = SamplingRule(temperature=0.7, stop_ids=(1,))
-    torch.testing.assert_close(rule.apply(logits, start=0), logits / 0.7)
-    assert rule.apply(logits.bfloat16(), start=0).dtype == torch.float32
-    assert rule.apply(logits.double(), start=0).dtype == torch.float64
+    torch.testing.assert_close(rule.apply(logits, place=torch.arange(logits.shape[1])), logits / 0.7)
+    assert rule.apply(logits.bfloat16(), place=0).dtype == torch.float32
+    assert rule.apply(logits.double(), place=0).dtype == torch.float64
 
 
 def test_stop_tokens_are_forbidden_before_min_response_and_only_there():
     logits = torch.zeros(2, 5, 7)
-    whole = SamplingRule(temperature=1.0, stop_ids=(1, 4), min_response=3).apply(logits, start=0)
+    whole = SamplingRule(temperature=1.0, stop_ids=(1, 4), min_response=3).apply(
+        logits, place=torch.arange(logits.shape[1])
+    )
     assert whole.isneginf().nonzero().tolist() == [
         [row, t, stop] for row in range(2) for t in range(3) for stop in (1, 4)
     ]
@@ -160,5 +162,5 @@ def test_stop_tokens_are_forbidden_before_min_response_and_only_there():
 def test_the_sampler_step_by_step_and_the_log_probabilities_at_once_apply_one_rule(min_response):
     logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
     rule = SamplingRule(temperature=1.3, stop_ids=(2, 6), min_response=min_response)
-    steps = torch.cat([rule.apply(logits[:, t : t + 1], start=t) for t in range(5)], dim=1)
-    assert rule.apply(logits, start=0).equal(steps)
+    steps = torch.cat([rule.apply(logits[:, t : t + 1], place=t) for t in range(5)], dim=1)
+    assert rule.apply(logits, place=torch.arange(logits.shape[1])).equal(steps)

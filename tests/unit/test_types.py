@@ -15,7 +15,13 @@ def rollout() -> Rollout:
         [[i >= 5 - p for i in range(5)] + [i < r for i in range(4)] for p, r in zip(PROMPTS, RESPONSES)]
     )
     tokens = torch.arange(100, 127).reshape(3, 9)
-    return Rollout(tokens=tokens, mask=mask, response_mask=mask[:, 5:], finished=torch.tensor([True, False, True]))
+    return Rollout(
+        tokens=tokens,
+        mask=mask,
+        response_mask=mask[:, 5:],
+        finished=torch.tensor([True, False, True]),
+        engine_logprobs=torch.zeros(mask[:, 5:].shape),
+    )
 
 
 def minibatch(extra_slot: bool = False) -> Minibatch:
@@ -24,7 +30,7 @@ def minibatch(extra_slot: bool = False) -> Minibatch:
     value_mask = whole.response_mask.clone()
     if extra_slot:
         value_mask[:, 1:] |= whole.response_mask[:, :-1]
-    names = ["old_logprobs", "ref_logprobs", "old_values", "advantages", "returns"]
+    names = ["old_logprobs", "ref_logprobs", "old_values", "advantages", "importance", "returns"]
     numbers = {name: torch.arange(12.0).reshape(3, 4) + 50 * k for k, name in enumerate(names)}
     return Minibatch(
         tokens=whole.tokens, mask=whole.mask, response_mask=whole.response_mask, value_mask=value_mask, **numbers
