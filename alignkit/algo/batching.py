@@ -1,6 +1,7 @@
 """Rows of token ids as rectangles, and a mask that says which entries are real."""
 
 import random
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,6 +36,25 @@ def deal(lengths: Tensor, ranks: int) -> tuple[Tensor, Tensor]:
     filled[1::2] = filled[1::2].flip(1)
     hands = filled.T.contiguous()
     return hands.clamp(min=0), hands >= 0
+
+
+@dataclass(frozen=True)
+class Hand:
+    """Rows dealt over the ranks. all_rows, all_real [ranks, share]: as in `deal`; rank: whose hand."""
+
+    all_rows: Tensor
+    all_real: Tensor
+    rank: int
+
+    @property
+    def rows(self) -> Tensor:
+        """This rank's row numbers, [share] int64."""
+        return self.all_rows[self.rank]
+
+    @property
+    def real(self) -> Tensor:
+        """Which of them are this rank's own and not there to keep step, [share] bool."""
+        return self.all_real[self.rank]
 
 
 def token_cuts(lengths: Tensor, budget: int) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from alignkit.schema import Count, CountOrZero, Positive, settings
@@ -74,11 +74,12 @@ class Compiled:
 
 @dataclass
 class Copy:
-    """A model of its own with one step that is compiled, and the caches by their shape."""
+    """A model of its own with one step that is compiled, and the cache of the last shape (rows, room)."""
 
     model: nn.Module
     step: Callable[..., Tensor]
-    caches: dict[tuple[int, int], StaticCache] = field(default_factory=dict)
+    cache: StaticCache | None = None
+    shape: tuple[int, int] = (0, 0)
 
     def take(self, model: nn.Module) -> None:
         """Copy the weights of `model`, in place."""
@@ -126,11 +127,12 @@ class Copy:
     def _cache(self, rows: int, room: int) -> StaticCache:
         from transformers import StaticCache
 
-        if (rows, room) not in self.caches:
-            self.caches[rows, room] = StaticCache(config=self.model.config, max_cache_len=room)
+        if self.shape != (rows, room):
+            self.cache = None  # before there is another
+            self.cache, self.shape = StaticCache(config=self.model.config, max_cache_len=room), (rows, room)
         else:
-            self.caches[rows, room].reset()
-        return self.caches[rows, room]
+            self.cache.reset()
+        return self.cache
 
     def _masks(self, tokens: Tensor, whole: Tensor, cache: StaticCache, positions: Tensor) -> Any:
         """Who sees whom, made outside of what is compiled: a tensor, or one for each kind of layer."""
@@ -163,12 +165,12 @@ def _copy(config: str, kind: type, device: torch.device, dtype: torch.dtype, com
     return Copy(model, torch.compile(last_logits, mode=mode, dynamic=False) if compiled else last_logits)
 
 
-def copy_of(model: nn.Module, chosen: Compiled) -> Copy:
+def copy_of(model: nn.Module, options: Compiled) -> Copy:
     """The copy for models of this class and config, made at the first call; one at a time in a process."""
     kind = next(each for each in type(model).__mro__ if not each.__name__.startswith("FSDP"))
     weight = next(model.parameters())
     return _copy(
-        model.config.to_json_string(use_diff=False), kind, weight.device, dtype_of(chosen.dtype, weight), chosen.compile
+        model.config.to_json_string(use_diff=False), kind, weight.device, dtype_of(options.dtype, weight), options.compile
     )
 
 

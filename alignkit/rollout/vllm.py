@@ -126,22 +126,22 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 _held: dict[tuple, Any] = {}
 
 
-def engine_of(model: nn.Module, chosen: VLLM) -> Any:
+def engine_of(model: nn.Module, options: VLLM) -> Any:
     """The engine for models of this config and dtype, made at the first call and kept: one at a time in a process."""
     config, dtype = copy.deepcopy(model.config), str(next(model.parameters()).dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__.removeprefix("FSDP")]  # a model that is split is of a class of its own
     config.eos_token_id = None  # else vLLM forbids it as well among the first tokens, whatever the rule says
-    memory = (chosen.kv_cache_gib, chosen.gpu_memory_utilization, chosen.sleep, chosen.eager)
+    memory = (options.kv_cache_gib, options.gpu_memory_utilization, options.sleep, options.eager)
     key = (config.to_json_string(), dtype, memory)
     if key not in _held:
         while _held:
             _held.popitem()[1].llm_engine.engine_core.shutdown()
         gc.collect()  # now: an engine that goes later takes the process groups of the next one with it
-        _held[key] = start(config, dtype, chosen)
+        _held[key] = start(config, dtype, options)
     return _held[key]
 
 
-def start(config: PreTrainedConfig, dtype: str, chosen: VLLM) -> Any:
+def start(config: PreTrainedConfig, dtype: str, options: VLLM) -> Any:
     """vLLM over a folder that holds no more than the config; its weights are those of the first hand-over. Raises
     UserError if it is not installed, or with what it says of this model or of the memory."""
     import torch
@@ -163,9 +163,9 @@ def start(config: PreTrainedConfig, dtype: str, chosen: VLLM) -> Any:
             # external_launcher: each rank has an engine of its own, on the device that torchrun's variables name.
             return LLM(
                 folder, runner="generate", load_format="dummy", skip_tokenizer_init=True, generation_config="vllm",
-                dtype=dtype, max_model_len=-1, logprobs_mode="processed_logprobs", enforce_eager=chosen.eager,
-                kv_cache_memory_bytes=chosen.kv_cache_gib and int(chosen.kv_cache_gib * 2**30),
-                gpu_memory_utilization=chosen.gpu_memory_utilization, enable_sleep_mode=chosen.sleep and cuda,
+                dtype=dtype, max_model_len=-1, logprobs_mode="processed_logprobs", enforce_eager=options.eager,
+                kv_cache_memory_bytes=options.kv_cache_gib and int(options.kv_cache_gib * 2**30),
+                gpu_memory_utilization=options.gpu_memory_utilization, enable_sleep_mode=options.sleep and cuda,
                 distributed_executor_backend="external_launcher" if "RANK" in os.environ else "uni",
             )  # fmt: skip
         except ValueError as error:  # pydantic's too

@@ -51,8 +51,8 @@ OF_A_REWARD = ("path", "timeout", "retries", "backoff", "concurrency", "token_en
 WITHOUT_EFFECT = {  # settings that change how a result is computed or shown, not the result
     "sft": ("microbatch",),
     "reward_model": ("microbatch", "gate"),
-    "ppo": ("microbatch_tokens", "packing", "samples_every", "self_checks"),
-    "rollout": ("batch", "unshard", "kv_cache_gib", "gpu_memory_utilization", "sleep", "eager"),
+    "ppo": ("microbatch_tokens", "packing", "max_engine_gap", "samples_every", "self_checks"),
+    "rollout": ("batch", "unshard", "kv_cache_gib", "gpu_memory_utilization", "sleep", "eager", "compile"),
     "reward": OF_A_REWARD,
     "data": ("path", "denoise"),  # the bytes are in the data's fingerprint, or beside the settings
     "ptx": ("path",),  # likewise

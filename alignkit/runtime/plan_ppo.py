@@ -108,6 +108,8 @@ class Cast:
             if (member := getattr(self, name)) is not None
         }
         named = {NAMES.get(name, name): footprint for name, footprint in found.items()}
+        if not isinstance(self.config.rollout, Native):  # vLLM's cache is what it is given, and not counted
+            named["engine's copy"] = Footprint(weights=self.policy.whole)
         if self.config.ppo.ema is not None:
             named["policy average"] = Footprint(weights=self.policy.gradients)
         if self.config.ppo.keep == "best":
@@ -126,16 +128,14 @@ class Cast:
         return rows, max(width - response, 1), min(response, width - 1)
 
     def rollout(self) -> Iterator[Moment]:
-        """Sampling: the whole policy, or layer after layer, with the key-value cache; an engine other than native has a
-        copy of the weights besides (vLLM's cache is what it is given, and not counted)."""
+        """Sampling: the whole policy, or layer after layer, with the key-value cache."""
         policy, rollout = self.policy, self.config.rollout
         share = self.layout.share(self.config.ppo.batch, getattr(rollout, "batch", self.config.ppo.batch))
         unshard = getattr(rollout, "unshard", True)
         shards = None if unshard else self.layout.shards
         lengths = (self.config.ppo.max_prompt, rollout.max_response, rollout.min_response)
         for moment, peak, cache in work.decoding(policy.source, policy.kind, share, *lengths, shards):
-            copies = 1 if isinstance(rollout, Native) else 2
-            gathered = peak["gathered"] + (copies * policy.whole if unshard else 0)
+            gathered = peak["gathered"] + (policy.whole if unshard else 0)
             activations = max(peak["activations"] - cache, 0)
             yield (
                 moment,

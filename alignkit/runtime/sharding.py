@@ -28,29 +28,10 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GenerationMixin
 
-from alignkit.algo.batching import deal, token_cuts
+from alignkit.algo.batching import Hand, deal, token_cuts
 from alignkit.errors import UserError
 from alignkit.models.loading import skeletons
 from alignkit.models.policy import read_logprobs
-
-
-@dataclass(frozen=True)
-class Hand:
-    """Rows dealt over the ranks. all_rows, all_real [ranks, share]: as in `algo.batching.deal`; rank: whose hand."""
-
-    all_rows: Tensor
-    all_real: Tensor
-    rank: int
-
-    @property
-    def rows(self) -> Tensor:
-        """This rank's row numbers, [share] int64."""
-        return self.all_rows[self.rank]
-
-    @property
-    def real(self) -> Tensor:
-        """Which of them are this rank's own and not there to keep step, [share] bool."""
-        return self.all_real[self.rank]
 
 
 @dataclass(frozen=True)
@@ -126,7 +107,9 @@ class Cluster:
             model = load()
         model = self.shard(model, trainable=trainable)
         home = torch.device("cpu") if self.offload_frozen and not trainable else self.device
-        model._apply(lambda held: torch.empty_like(held, device=home) if held.is_meta else held)
+        model._apply(lambda held: torch.empty_like(held, device=home) if held.is_meta else held.to(home))
+        if not isinstance(model, FSDPModule) and isinstance(model, GenerationMixin):
+            model.tie_weights()
         weights = source.state_dict() if source is not None else {}
         with torch.no_grad():
             for name, held in model.state_dict().items():
@@ -198,7 +181,8 @@ class Cluster:
             yield model
         finally:
             for module in modules if unshard else ():
-                module.set_reshard_after_forward(module is not modules[0] or not was, recurse=False)
+                kept = was and (module is modules[0] or self.mesh["shard"].size() == 1)  # as in `shard`
+                module.set_reshard_after_forward(not kept, recurse=False)
             self.rest(model)
             model.train(was)
             model.config._attn_implementation = attention

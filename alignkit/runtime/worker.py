@@ -51,9 +51,9 @@ def bind_threads(local_rank: int) -> None:
     threads = int(os.environ.get("OMP_NUM_THREADS", 1))
     if threads == 1 or not hasattr(os, "sched_setaffinity"):
         return
-    cores = sorted(os.sched_getaffinity(0))[local_rank * threads : (local_rank + 1) * threads]
-    if len(cores) == threads:
-        os.sched_setaffinity(0, cores)
+    cores, ranks = sorted(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if ranks * threads <= len(cores):
+        os.sched_setaffinity(0, cores[local_rank * threads : (local_rank + 1) * threads])
         os.environ.update(OMP_PROC_BIND="true", OMP_PLACES="threads")
 
 

@@ -118,7 +118,8 @@ def load_actors(job: Job, cluster: Cluster) -> Actors:
     reward = config.reward.open(job.inputs.get("reward"), encoder, cluster, *([peft] if shares else []))
     value_model = first_value(reward, folder, config, cluster) if config.advantage.uses_values else None
     if settings.packing:
-        for model in (policy, reference, value_model, getattr(reward, "model", None)):
+        sources = getattr(reward, "members", {"reward": reward}).values()
+        for model in (policy, reference, value_model, *(getattr(source, "model", None) for source in sources)):
             pack(model)
     return Actors(
         cluster=cluster,
@@ -146,7 +147,11 @@ def pack(model: object) -> None:
         def logprobs(tokens: Tensor, mask: Tensor) -> Tensor:
             wanted = mask.clone()
             wanted[:, 0] = False
-            return logprobs_at(model, tokens, mask, wanted, rule)[0]
+            return (
+                torch.zeros(mask.shape)
+                .to(mask.device)
+                .masked_scatter(wanted, logprobs_at(model, tokens, mask, wanted, rule)[0].float())
+            )
 
         pack_rows(model, model.base_model, logprobs)
 

@@ -27,6 +27,7 @@ from alignkit.stages.bench_limits import WARM_UP, Limits, hardware, network_of, 
 from alignkit.stages.bench_report import Update, figures_of, ratios, read_against, read_prompts, table
 from alignkit.stages.common import prepare
 from alignkit.stages.ppo import encode_prompts, ppo_iteration
+from alignkit.stages.ppo_checks import sampling_dtype
 from alignkit.stages.ppo_report import weight_bytes
 from alignkit.stages.ptx import PtxBatches
 
@@ -132,17 +133,17 @@ def update_of(
         sequences=len(whole),
         tokens=sum(whole),
         training=sum(done / steps * network.training(whole, responses) for done, network in trained),
-        decoding=decoding_work(networks[0], prompts, responses, actors.cluster, config),
+        decoding=decoding_work(networks[0], prompts, responses, actors, config),
         padding=values.get("padding_fraction"),
         peak=int(actors.cluster.max(torch.tensor(peak))),
     )
 
 
 def decoding_work(
-    network: Network, prompts: list[int], responses: list[int], cluster: Cluster, config
+    network: Network, prompts: list[int], responses: list[int], actors: Actors, config
 ) -> tuple[float, float]:
     """FLOPs of the rollout, and the bytes that all ranks must read for it, each in batches of `rollout.batch` rows."""
-    hand, width = cluster.deal(torch.tensor(prompts)), (cluster.compute_dtype or torch.float32).itemsize
+    hand, width = actors.cluster.deal(torch.tensor(prompts)), sampling_dtype(actors, config).itemsize
     read = 0.0
     for rows, real in zip(hand.all_rows.tolist(), hand.all_real.tolist()):
         mine = [row for row, here in zip(rows, real) if here]

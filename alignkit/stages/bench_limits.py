@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 WARM_UP = 1  # updates that do not count
 Shape = tuple[int, int]  # of a linear layer: inputs, outputs
-LARGEST = 2**24  # numbers in a buffer; the rows of wider products are fewer
+LARGEST = {"cpu": 2**24, "cuda": 2**28}  # numbers in a buffer; the rows of wider products are fewer
 WIDEST_READ = 2**28  # bytes of the buffer that is read
 REPETITIONS = 3  # of each measurement; a GPU's are ten each, so that waiting for it does not count
 
@@ -109,7 +109,7 @@ class Limits:
 
     def _product(self, rows: int, inputs: int, outputs: int) -> list[float]:
         """Seconds of the three products of a layer over so many rows, for each repetition."""
-        fewer = max(1, min(rows, LARGEST // max(inputs, outputs)))
+        fewer = max(1, min(rows, LARGEST[self.device.type] // max(inputs, outputs)))
         x, gradient = self._numbers(fewer, inputs), self._numbers(fewer, outputs)
         weight, y = self._numbers(outputs, inputs), self._numbers(fewer, outputs)
         back, step = torch.empty_like(x), torch.empty_like(weight)

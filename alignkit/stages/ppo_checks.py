@@ -12,6 +12,7 @@ from alignkit.algo.sampling import SamplingRule
 from alignkit.algo.sequence import last_token_index
 from alignkit.algo.types import Rollout, ScoredRollout, ShapedReward
 from alignkit.errors import TrainingError
+from alignkit.rollout.compiled import dtype_of
 
 if TYPE_CHECKING:
     from alignkit.stages.actors import Actors
@@ -22,7 +23,7 @@ LOG_RATIO_LIMITS = {  # dtype of the weights that compute -> largest mean and ma
     torch.bfloat16: (1e-3, 0.1),
     torch.float16: (1e-3, 0.1),
 }
-ENGINE_LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}  # mean, nats
+ENGINE_LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.02}  # mean, nats
 
 
 def check_rollout(
@@ -31,12 +32,11 @@ def check_rollout(
     """Everything that can be checked before the update. shaped: before whitening; paid: the scores in it, [B]."""
     if not bool(torch.isfinite(scored.scores).all()):
         raise TrainingError("score is not finite (NaN or infinity)")
+    if config.ppo.max_engine_gap is not None or config.ppo.self_checks:
+        check_engine(rollout, scored, config.ppo.max_engine_gap or ENGINE_LIMITS[sampling_dtype(actors, config)])
     if not config.ppo.self_checks:
         return
     check_masks(rollout, actors.rule)
-    short = getattr(config.rollout, "dtype", None) in ("auto", "bfloat16")  # of an engine with weights of its own
-    usual = ENGINE_LIMITS[torch.bfloat16 if short else computing_dtype(actors)]
-    check_engine(rollout, scored, config.ppo.max_engine_gap or usual)
     if actors.state.policy_steps == 0:
         check_reference(scored, rollout.response_mask, computing_dtype(actors))
     kl = config.kl
@@ -47,6 +47,15 @@ def check_rollout(
 def computing_dtype(actors: Actors) -> torch.dtype:
     """The dtype of the policy's forward pass, which decides how much rounding there is."""
     return actors.cluster.compute_dtype or next(actors.policy.parameters()).dtype
+
+
+def sampling_dtype(actors: Actors, config) -> torch.dtype:
+    """The less exact of the policy's dtype and that of an engine with weights of its own."""
+    own = getattr(config.rollout, "dtype", None)
+    computing = computing_dtype(actors)
+    if own is None:
+        return computing
+    return min(computing, dtype_of(own, next(actors.policy.parameters())), key=lambda dtype: dtype.itemsize)
 
 
 def engine_gap(rollout: Rollout, scored: ScoredRollout) -> tuple[float, float]:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from alignkit.algo.batching import Hand
 from alignkit.errors import TrainingError
 from alignkit.observe.tracking import without_nonfinite
 from alignkit.reward.outside import why
 from alignkit.reward.source import Answers, CombinedSource, RewardSource
 
 if TYPE_CHECKING:
-    from alignkit.runtime.sharding import Cluster, Hand
+    from alignkit.runtime.sharding import Cluster
 
 
 def reward_scores(

@@ -95,7 +95,8 @@ def test_limits_are_finite_rates(cluster, dtype):
 def test_decoding_is_counted_in_batches_of_the_engine(cluster):
     config = SimpleNamespace(rollout=SimpleNamespace(batch=1))
     prompts, responses = [5, 2], [3, 1]
-    flops, read = decoding_work(SMALL, prompts, responses, cluster, config)
+    actors = SimpleNamespace(cluster=cluster, policy=torch.nn.Linear(1, 1))
+    flops, read = decoding_work(SMALL, prompts, responses, actors, config)
     assert flops == SMALL.decoding(prompts, responses)
     assert read == sum(SMALL.decoding_bytes([p], [r], width=4) for p, r in zip(prompts, responses))
 

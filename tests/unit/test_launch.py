@@ -391,6 +391,7 @@ def test_each_rank_binds_its_threads_to_cores_of_its_own(local_rank, threads, ex
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {9, 4, 6, 5})
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: bound.append(cores))
     monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_rank + 1))
     for name in ("OMP_PROC_BIND", "OMP_PLACES"):
         monkeypatch.setenv(name, "as before")
     bind_threads(local_rank)
