@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from alignkit.rollout.engine import check_lengths, rollout_of
 from alignkit.schema import Count, CountOrZero, Positive, settings
 
 if TYPE_CHECKING:
@@ -41,8 +42,7 @@ class Compiled:
     compile: bool
 
     def __post_init__(self) -> None:
-        if self.min_response >= self.max_response:
-            raise ValueError(f"min_response={self.min_response} must be below max_response={self.max_response} tokens")
+        check_lengths(self)
         if not self.unshard:
             raise ValueError(f"unshard={self.unshard}: the copy that samples is whole on every rank; native is not")
 
@@ -52,9 +52,6 @@ class Compiled:
         """Sample one response to each prompt; see `RolloutEngine.generate`."""
         import torch
 
-        from alignkit.algo.sequence import response_mask
-        from alignkit.algo.types import Rollout
-
         with torch.no_grad():
             copy = copy_of(model, self)
             copy.take(model)
@@ -62,14 +59,7 @@ class Compiled:
             rows = min(self.batch, len(noise))
             decoded = [copy.decode(tokens, mask, rule, part, rows) for tokens, mask, part in parts]
         response, logprobs = (torch.cat(whole) for whole in zip(*decoded))
-        real, finished = response_mask(response, rule.stops(response.device))
-        return Rollout(
-            tokens=torch.cat([prompts.tokens, response], dim=1),
-            mask=torch.cat([prompts.mask, real], dim=1),
-            response_mask=real,
-            finished=finished,
-            engine_logprobs=torch.where(real, logprobs, 0.0),
-        )
+        return rollout_of(prompts, response, logprobs, rule)
 
 
 @dataclass
@@ -170,7 +160,11 @@ def copy_of(model: nn.Module, options: Compiled) -> Copy:
     kind = next(each for each in type(model).__mro__ if not each.__name__.startswith("FSDP"))
     weight = next(model.parameters())
     return _copy(
-        model.config.to_json_string(use_diff=False), kind, weight.device, dtype_of(options.dtype, weight), options.compile
+        model.config.to_json_string(use_diff=False),
+        kind,
+        weight.device,
+        dtype_of(options.dtype, weight),
+        options.compile,
     )
 
 

@@ -12,6 +12,30 @@ if TYPE_CHECKING:
     from alignkit.algo.types import PromptBatch, Rollout
 
 
+def check_lengths(engine: RolloutEngine) -> None:
+    """Raise ValueError if a response would have to be longer than it may be."""
+    if engine.min_response >= engine.max_response:
+        least, most = engine.min_response, engine.max_response
+        raise ValueError(f"min_response={least} must be below max_response={most} tokens")
+
+
+def rollout_of(prompts: PromptBatch, response: Tensor, logprobs: Tensor, rule: SamplingRule) -> Rollout:
+    """Prompts with what was sampled to them. response, logprobs [B, R]; what follows a stop token is ignored."""
+    import torch
+
+    from alignkit.algo.sequence import response_mask
+    from alignkit.algo.types import Rollout
+
+    real, finished = response_mask(response, rule.stops(response.device))
+    return Rollout(
+        tokens=torch.cat([prompts.tokens, response], dim=1),
+        mask=torch.cat([prompts.mask, real], dim=1),
+        response_mask=real,
+        finished=finished,
+        engine_logprobs=torch.where(real, logprobs, 0.0),
+    )
+
+
 class RolloutEngine(Protocol):
     """A frozen settings class with these fields and this method is an engine: one file and one YAML.
 

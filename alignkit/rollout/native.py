@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from alignkit.rollout.engine import check_lengths, rollout_of
 from alignkit.schema import Count, CountOrZero, Positive, settings
 
 if TYPE_CHECKING:
@@ -32,8 +33,7 @@ class Native:
     unshard: bool
 
     def __post_init__(self) -> None:
-        if self.min_response >= self.max_response:
-            raise ValueError(f"min_response={self.min_response} must be below max_response={self.max_response} tokens")
+        check_lengths(self)
 
     def generate(
         self, model: nn.Module, prompts: PromptBatch, rule: SamplingRule, noise: Tensor, go_on: Callable[[bool], bool]
@@ -41,21 +41,11 @@ class Native:
         """Sample one response to each prompt; see `RolloutEngine.generate`."""
         import torch
 
-        from alignkit.algo.sequence import response_mask
-        from alignkit.algo.types import Rollout
-
         parts = zip(*(whole.split(self.batch) for whole in (prompts.tokens, prompts.mask, noise)))
         with torch.no_grad():
             decoded = [decode(model, tokens, mask, rule, part, go_on) for tokens, mask, part in parts]
         response, logprobs = (torch.cat(whole) for whole in zip(*decoded))
-        real, finished = response_mask(response, rule.stops(response.device))
-        return Rollout(
-            tokens=torch.cat([prompts.tokens, response], dim=1),
-            mask=torch.cat([prompts.mask, real], dim=1),
-            response_mask=real,
-            finished=finished,
-            engine_logprobs=torch.where(real, logprobs, 0.0),
-        )
+        return rollout_of(prompts, response, logprobs, rule)
 
 
 def decode(

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import UserError
+from alignkit.rollout.engine import check_lengths, rollout_of
 from alignkit.schema import Count, CountOrZero, Positive, Proportion, settings
 
 if TYPE_CHECKING:
@@ -53,8 +54,7 @@ class VLLM:
     eager: bool
 
     def __post_init__(self) -> None:
-        if self.min_response >= self.max_response:
-            raise ValueError(f"min_response={self.min_response} must be below max_response={self.max_response} tokens")
+        check_lengths(self)
         if self.temperature < 0.01:  # vLLM would raise it, and draw from another distribution than is trained
             raise ValueError(f"temperature={self.temperature} is below 0.01, the least of vLLM")
         if not self.unshard:
@@ -65,9 +65,6 @@ class VLLM:
     ) -> Rollout:
         """Sample one response to each prompt; see `RolloutEngine.generate`."""
         import torch
-
-        from alignkit.algo.sequence import response_mask
-        from alignkit.algo.types import Rollout
 
         with torch.no_grad(), random_state_kept():
             engine = engine_of(model, self)
@@ -84,14 +81,7 @@ class VLLM:
         for row, (tokens, values) in enumerate(drawn):
             response[row, : len(tokens)] = torch.tensor(tokens, device=device)
             logprobs[row, : len(tokens)] = torch.tensor(values, device=device)
-        real, finished = response_mask(response, rule.stops(device))
-        return Rollout(
-            tokens=torch.cat([prompts.tokens, response], dim=1),
-            mask=torch.cat([prompts.mask, real], dim=1),
-            response_mask=real,
-            finished=finished,
-            engine_logprobs=logprobs,
-        )
+        return rollout_of(prompts, response, logprobs, rule)
 
 
 def draw(engine: Any, prompts: PromptBatch, rule: SamplingRule, noise: Tensor) -> list[tuple[list[int], list[float]]]:
