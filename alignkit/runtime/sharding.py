@@ -108,8 +108,6 @@ class Cluster:
         model = self.shard(model, trainable=trainable)
         home = torch.device("cpu") if self.offload_frozen and not trainable else self.device
         model._apply(lambda held: torch.empty_like(held, device=home) if held.is_meta else held.to(home))
-        if not isinstance(model, FSDPModule) and isinstance(model, GenerationMixin):
-            model.tie_weights()
         weights = source.state_dict() if source is not None else {}
         with torch.no_grad():
             for name, held in model.state_dict().items():
@@ -146,16 +144,10 @@ class Cluster:
             if self.offload_frozen and not trainable
             else OffloadPolicy(),
         }
-        whole = self.mesh["shard"].size() == 1
-        offloaded = self.offload_frozen and not trainable
-        if whole and not offloaded and (not trainable or (self.world_size == 1 and dtype is None)):
-            if not any(p.is_meta for p in model.parameters()):
-                model = model.to(self.device)
-            return model.train(trainable)  # nothing to split, cast, gather or reduce
         units = set(getattr(model, "_no_split_modules", None) or ())
         for module in list(model.modules()):
             if type(module).__name__ in units:
-                fully_shard(module, reshard_after_forward=not (whole and trainable), **options)
+                fully_shard(module, **options)
         # The root of a trained model stays whole until its backward; a frozen one has none that would release it.
         fully_shard(model, reshard_after_forward=not trainable, **options)
         if isinstance(model, GenerationMixin):  # a language model
@@ -181,21 +173,10 @@ class Cluster:
             yield model
         finally:
             for module in modules if unshard else ():
-                kept = was and (module is modules[0] or self.mesh["shard"].size() == 1)  # as in `shard`
-                module.set_reshard_after_forward(not kept, recurse=False)
+                module.set_reshard_after_forward(module is not modules[0] or not was, recurse=False)
             self.rest(model)
             model.train(was)
             model.config._attn_implementation = attention
-
-    def accumulate(self, model: nn.Module, *, last: bool) -> None:
-        """Before each micro-batch of an optimizer step. Where every rank holds whole weights, they stay as they are
-        from one micro-batch to the next, and the gradient is added up here and reduced with the last one; where they
-        are split that would take the memory that splitting saves."""
-        if self.mesh["shard"].size() > 1:
-            return
-        for module in _fsdp_modules(model):
-            module.set_requires_gradient_sync(last, recurse=False)
-            module.set_reshard_after_backward(last, recurse=False)
 
     def rest(self, model: nn.Module) -> None:
         """Give back what forwards without a backward have left gathered (the root of a trained model)."""

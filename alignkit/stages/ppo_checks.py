@@ -32,11 +32,12 @@ def check_rollout(
     """Everything that can be checked before the update. shaped: before whitening; paid: the scores in it, [B]."""
     if not bool(torch.isfinite(scored.scores).all()):
         raise TrainingError("score is not finite (NaN or infinity)")
+    if config.ppo.self_checks:
+        check_masks(rollout, actors.rule)
     if config.ppo.max_engine_gap is not None or config.ppo.self_checks:
         check_engine(rollout, scored, config.ppo.max_engine_gap or ENGINE_LIMITS[sampling_dtype(actors, config)])
     if not config.ppo.self_checks:
         return
-    check_masks(rollout, actors.rule)
     if actors.state.policy_steps == 0:
         check_reference(scored, rollout.response_mask, computing_dtype(actors))
     kl = config.kl

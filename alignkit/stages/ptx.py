@@ -67,9 +67,7 @@ def ptx_backward(actors: Actors, batches: PtxBatches, settings: PtxSettings, bud
     tokens = sum(len(ids) - start for ids, start in rows)
     lengths = torch.tensor([len(ids) for ids, _ in rows])
     hand, plain = cluster.deal(lengths), SamplingRule(temperature=1.0, stop_ids=())
-    micros = cluster.microbatches(lengths[hand.rows], budget)
-    for number, micro in enumerate(micros, start=1):
-        cluster.accumulate(actors.policy, last=number == len(micros))
+    for micro in cluster.microbatches(lengths[hand.rows], budget):
         picked, here = [rows[i] for i in hand.rows[micro].tolist()], hand.real[micro]
         ids, mask = (x.to(cluster.device) for x in pad_right([ids for ids, _ in picked], 0))
         starts = torch.tensor([start for _, start in picked])

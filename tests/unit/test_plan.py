@@ -364,7 +364,8 @@ def peaks_of_an_iteration(config: RunConfig, place: Path, measure: Callable, mon
     job = Job("ppo", config, folders, place, first=True)
     actors = load_actors(job, cluster)
     prompt = list(range(2, 2 + config.ppo.max_prompt))
-    prompts = [(f"prompt {i}", prompt[: len(prompt) - (i == 0)]) for i in range(config.ppo.batch)]
+    different = [[*prompt[:-1], 5 + i] for i in range(config.ppo.batch)]  # as one that is there twice is read once
+    prompts = [(f"prompt {i}", ids[: len(ids) - (i == 0)]) for i, ids in enumerate(different)]
     ptx = PtxBatches([(list(range(2, 2 + config.ptx.max_length)), 1)], config.ptx.batch, config.seed)
     ppo.ppo_iteration(actors, prompts, ptx, job, None)
     found: dict[str, list[int]] = {}
