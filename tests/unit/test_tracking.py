@@ -65,6 +65,7 @@ def test_step_keys_are_the_documented_ones():
         "ppo": "ppo/episodes",
         "preferences": "preferences/prompts",
         "strength": "strength/pairs",
+        "bench": "bench/updates",
         "evaluate": "evaluate/prompts",
     }
 
