@@ -30,6 +30,11 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Values [n] of the n True places of a mask, row by row, where they belong; 0 elsewhere. mask [B, T] -> [B, T]."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """log softmax(logits)[token], in float32 or better. logits [B, R, V], tokens [B, R] -> [B, R] nats.
 

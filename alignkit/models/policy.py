@@ -9,12 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from alignkit.algo.sampling import SamplingRule
-from alignkit.algo.sequence import position_ids, token_entropy, token_logprobs
+from alignkit.algo.sequence import position_ids, spread, token_entropy, token_logprobs
 from alignkit.errors import UserError
 
 LOGITS_BYTES = 2**28  # of one piece of logits in float32; its gradient and exponentials take as much each
-
-
 RECOMPUTED = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn in between
 
 
@@ -29,7 +27,7 @@ def response_logprobs(
     wanted = torch.zeros_like(mask)
     wanted[:, mask.shape[1] - response_mask.shape[1] :] = response_mask
     found = logprobs_at(model, tokens, mask, wanted, rule, entropy=entropy)
-    joined = [part.new_zeros(response_mask.shape).masked_scatter(response_mask, part) for part in found]
+    joined = [spread(part, response_mask) for part in found]
     return joined[0], joined[1] if entropy else None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignkit.algo.sequence import last_token_index
+from alignkit.algo.sequence import last_token_index, spread
 from alignkit.data.tokens import Encoder
 from alignkit.errors import UserError
 from alignkit.models.adapters import adapters_off, add_adapter
@@ -35,7 +35,7 @@ class ScalarModel(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens [B, T] int64, mask [B, T] bool -> [B, T], 0 under a False mask."""
-        return self.spread(self.head(self.hidden(tokens, mask)) + self.bias, mask)
+        return spread(self.head(self.hidden(tokens, mask)).squeeze(-1) + self.bias, mask)
 
     @property
     def head(self) -> nn.Linear:
@@ -45,11 +45,6 @@ class ScalarModel(nn.Module):
     def hidden(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Last hidden states [n, d] of the n real tokens, row by row; to be called from `forward` alone."""
         return hidden_at(self.classifier.base_model, tokens, mask, mask)
-
-    @staticmethod
-    def spread(scalars: Tensor, mask: Tensor) -> Tensor:
-        """[n, 1] of the real tokens -> [B, T]."""
-        return scalars.new_zeros(mask.shape).masked_scatter(mask, scalars)
 
     def absorb_affine(self, mean: float, std: float) -> None:
         """Make the output (scalar - mean) / std, so that a value model copied from a reward model starts in the units
@@ -85,7 +80,7 @@ class SharedScalar(ScalarModel):
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """See `ScalarModel.forward`: the value; inside `score`, the reward model's scalar."""
         if self.scores:
-            return self.spread(scalar_head(self.classifier)(self.hidden(tokens, mask)), mask)
+            return spread(scalar_head(self.classifier)(self.hidden(tokens, mask)).squeeze(-1), mask)
         return super().forward(tokens, mask)
 
     @property

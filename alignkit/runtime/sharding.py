@@ -107,7 +107,7 @@ class Cluster:
             model = load()
         model = self.shard(model, trainable=trainable)
         home = torch.device("cpu") if self.offload_frozen and not trainable else self.device
-        model._apply(lambda held: torch.empty_like(held, device=home) if held.is_meta else held.to(home))
+        model._apply(lambda held: torch.empty_like(held, device=home) if held.is_meta else held)
         weights = source.state_dict() if source is not None else {}
         with torch.no_grad():
             for name, held in model.state_dict().items():
@@ -137,9 +137,7 @@ class Cluster:
             checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
         options = {
             "mesh": self.mesh,
-            "mp_policy": MixedPrecisionPolicy(
-                param_dtype=dtype, reduce_dtype=dtype and torch.promote_types(dtype, torch.float32)
-            ),
+            "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32),
             "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
             if self.offload_frozen and not trainable
             else OffloadPolicy(),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from alignkit.algo.batching import pad_left, pad_right
 from alignkit.algo.sampling import SamplingRule, uniform_noise
 from alignkit.algo.schedule import learning_rate_share
+from alignkit.algo.sequence import spread
 from alignkit.algo.types import PromptBatch, Rollout
 from alignkit.data.tokens import Encoder
 from alignkit.models.adapters import adapters_off, add_adapter
@@ -147,11 +148,7 @@ def pack(model: object) -> None:
         def logprobs(tokens: Tensor, mask: Tensor) -> Tensor:
             wanted = mask.clone()
             wanted[:, 0] = False
-            return (
-                torch.zeros(mask.shape)
-                .to(mask.device)
-                .masked_scatter(wanted, logprobs_at(model, tokens, mask, wanted, rule)[0].float())
-            )
+            return spread(logprobs_at(model, tokens, mask, wanted, rule)[0], wanted)
 
         pack_rows(model, model.base_model, logprobs)
 

@@ -1,7 +1,6 @@
 """Actors of PPO built by hand: small models with recording optimizers, sharded on a mesh of one."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -20,22 +19,21 @@ def make_actors(cluster, tiny_policy, tiny_tokenizer, tmp_path_factory):
     """Factory of Actors with recording optimizers; `plain` holds unsharded copies of policy and value model."""
 
     def build(architecture: str = EXACT, dtype=torch.float64, *, stops=(1, 5, 9), optimizer=Recorder) -> Actors:
-        here = replace(cluster, compute_dtype=dtype)  # so that a single process splits as several do
         folder = tmp_path_factory.mktemp("policy")
         policy = tiny_policy(architecture).to(dtype)
         policy.save_pretrained(folder)
         reward, value = (ScalarModel(scorer_from_policy(folder, seed=1)).to(dtype) for _ in range(2))
         value.absorb_affine(0.1, 2.0)
         reference, plain = copy.deepcopy(policy), (copy.deepcopy(policy), copy.deepcopy(value))
-        policy, value = here.shard(policy, trainable=True), here.shard(value, trainable=True)
+        policy, value = cluster.shard(policy, trainable=True), cluster.shard(value, trainable=True)
         actors = Actors(
-            cluster=here,
+            cluster=cluster,
             encoder=make_encoder(tiny_tokenizer, None),
             rule=SamplingRule(temperature=0.9, stop_ids=stops),
             policy=policy,
-            reference=here.shard(reference, trainable=False),
+            reference=cluster.shard(reference, trainable=False),
             value_model=value,
-            reward=ModelSource(here.shard(reward, trainable=False), 0.1, 2.0, here),
+            reward=ModelSource(cluster.shard(reward, trainable=False), 0.1, 2.0, cluster),
             policy_optimizer=optimizer(policy),
             value_optimizer=optimizer(value),
             state=PPOState(kl_coef=0.1),

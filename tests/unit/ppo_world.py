@@ -76,12 +76,7 @@ class Recorder(torch.optim.SGD):
 
     def step(self, closure=None) -> None:
         held = zip(self.names, self.param_groups[0]["params"])
-        self.steps.append({name: whole(value.grad).clone() for name, value in held if value.grad is not None})
-
-
-def whole(value: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that may be split."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+        self.steps.append({name: value.grad.full_tensor().clone() for name, value in held if value.grad is not None})
 
 
 def flat(gradient: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -364,7 +364,7 @@ def test_kept_weights_come_back(make_actors):
         for parameter in actors.policy.parameters():
             parameter.mul_(2.0)
     kept.take(actors.policy)
-    assert all(math.isclose(float(k.sum()), float(p.detach().sum()))
+    assert all(math.isclose(float(k.full_tensor().sum()), float(p.detach().full_tensor().sum()))
                for k, p in zip(kept.kept.values(), actors.policy.parameters()))  # fmt: skip
 
 

@@ -371,17 +371,3 @@ def test_importance_weighs_the_policy_gradient_of_each_token(exact):
     weights = torch.full_like(batch.importance, 0.25)
     assert distance(update(exact, replace(batch, importance=weights), config)[0],
                     {name: 0.25 * value for name, value in plain.items()}) <= 1e-12  # fmt: skip
-
-
-def test_layers_that_stay_whole_do_so_after_sampling_too(make_actors):
-    """On one process nothing is gained by giving them back between forward and backward."""
-    actors = make_actors("llama", torch.float32)
-
-    def kept() -> list[bool]:
-        return [module._get_fsdp_state()._fsdp_param_group._reshard_after_forward
-                for module in actors.policy.modules() if hasattr(module, "_get_fsdp_state")]  # fmt: skip
-
-    before = kept()
-    with actors.cluster.sampling(actors.policy, unshard=True):
-        pass
-    assert kept() == before and len(before) > 1
