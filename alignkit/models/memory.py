@@ -110,13 +110,19 @@ class Gathering:
     lives on until the next unit is gathered, and the backward asks for the next unit ahead of time. A unit's gradients
     are copied in float32 to be summed over the ranks; that copy lives until the next unit's.
 
-    shards: ranks over which the weights are split; keep_root: the root of a trained model stays gathered after forward.
+    shards: ranks over which the weights are split; keep_root: the root of a trained model stays gathered after forward;
+    held: the weights are there from the micro-batch before (see `Cluster.accumulate`); more: another one follows, so
+    they stay, and the gradients are not summed yet.
     """
 
-    def __init__(self, model: nn.Module, live: LiveBytes, shards: int, *, keep_root: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, live: LiveBytes, shards: int, *,
+        keep_root: bool = True, held: bool = False, more: bool = False,
+    ) -> None:  # fmt: skip
         self.model, self.live, self.shards = model, live, shards
         self.trained = any(p.requires_grad for p in model.parameters())
         self.keep_root = keep_root and self.trained
+        self.held, self.more = held, more
         self.units = units_of(model)
         self.root = len(self.units) - 1
         self.whole: dict[int, Tensor] = {}  # unit -> its gathered weights
@@ -129,6 +135,8 @@ class Gathering:
 
     def __enter__(self) -> Gathering:
         self.model.logprobs_at = self._logprobs_at
+        for unit in range(len(self.units) if self.held else 0):
+            self._gather(unit)
         for unit, (module, weights) in enumerate(self.units):
             self.hooks += [
                 module.register_forward_pre_hook(lambda *_, unit=unit: self._gather(unit)),
@@ -196,15 +204,17 @@ class Gathering:
             self._reduce(self.root)
 
     def _reduce(self, unit: int) -> None:
-        self.whole.pop(unit, None)
-        self.reduced = None
-        self.reduced = self._empty(unit, dtype=torch.float32)
+        if not self.more:
+            self.whole.pop(unit, None)
+            self.reduced = None
+            self.reduced = self._empty(unit, dtype=torch.float32)
         for parameter in self.units[unit][1]:
             parameter.grad = None
-        mine = self._empty(unit, dtype=torch.float32, share=self.shards)
-        if self.shards == 1:
-            self._empty(unit, dtype=torch.float32)  # the division by the factor of 1
-        del mine
+        if not self.more:
+            mine = self._empty(unit, dtype=torch.float32, share=self.shards)
+            if self.shards == 1:
+                self._empty(unit, dtype=torch.float32)  # the division by the factor of 1
+            del mine
 
 
 def units_of(model: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]]]:
@@ -217,10 +227,19 @@ def units_of(model: nn.Module) -> list[tuple[nn.Module, list[nn.Parameter]]]:
     return [*((layer, list(layer.parameters())) for layer in layers), (model, rest)]
 
 
-def peak_of(model: nn.Module, call: Callable[[], Any], shards: int | None, *wide: int) -> dict[str, int]:
+def peak_of(
+    model: nn.Module, call: Callable[[], Any], shards: int | None, *wide: int, several: bool = False
+) -> dict[str, int]:
     """Bytes by kind at the peak of `call`, which runs `model` (on the meta device) forward, and backward if it wants
     to. shards: see `Gathering`; None: the model is not sharded, and the gradients of its weights are kept elsewhere;
-    wide: see `LiveBytes`."""
+    wide: see `LiveBytes`; several: it is called once for each of several micro-batches."""
+    if several and shards == 1:
+        peaks = []
+        for more in (True, False):
+            with LiveBytes(model, *wide) as live, Gathering(model, live, 1, held=True, more=more):
+                call()
+            peaks.append(live.peak)
+        return max(peaks, key=lambda peak: sum(peak.values()))
     with LiveBytes(model, *wide) as live:
         if shards is None:
             hooks = [p.register_post_accumulate_grad_hook(drop) for p in model.parameters() if p.requires_grad]

@@ -127,6 +127,12 @@ class Cast:
         width = longest if rows == 1 else min(budget // rows, longest)
         return rows, max(width - response, 1), min(response, width - 1)
 
+    @property
+    def several(self) -> bool:
+        """Whether a minibatch takes more than one micro-batch."""
+        rows = self.config.ppo.minibatch
+        return self.micro(rows)[0] < self.layout.share(rows, rows)
+
     def rollout(self) -> Iterator[Moment]:
         """Sampling: the whole policy, or layer after layer, with the key-value cache."""
         policy, rollout = self.policy, self.config.rollout
@@ -166,8 +172,9 @@ class Cast:
         place = (policy.source, policy.kind)
         gradients = {"gradients": policy.gradients}
         micro, minimum = self.micro(config.ppo.minibatch), config.rollout.min_response
+        options = {"backward": True, "several": self.several}
         entropy = config.ppo.entropy_coef > 0
-        peak = work.logprobs(*place, *micro, minimum, shards, backward=True, entropy=entropy)
+        peak = work.logprobs(*place, *micro, minimum, shards, **options, entropy=entropy)
         yield "backward", self.models(policy={**peak, **gradients})
         if config.ptx.coef:
             micro = self.micro(config.ptx.batch, 1, config.ptx.max_length - 1)
@@ -181,7 +188,8 @@ class Cast:
         waiting = {"gradients": self.policy.gradients} if settings.joint else {}
         gradients = {"gradients": value.gradients}
         rows, *lengths = self.micro(settings.minibatch)
-        peak = work.scalars(value.source, value.kind, rows, sum(lengths), self.layout.shards, backward=True)
+        options = {"backward": True, "several": self.several}
+        peak = work.scalars(value.source, value.kind, rows, sum(lengths), self.layout.shards, **options)
         yield "backward", self.models(policy=waiting, value={**peak, **gradients})
         yield "optimizer step", self.models(policy=waiting, value={"optimizer": value.step, **gradients})
 

@@ -24,9 +24,9 @@ TOKENS, WORDS = 4096, 32768  # a tile of logits in TRL's head
 @lru_cache(maxsize=256)
 def logprobs(
     source: Source, kind: Kind, rows: int, prompt: int, response: int, minimum: int, shards: int,
-    *, backward: bool, entropy: bool,
+    *, backward: bool, entropy: bool, several: bool = False,
 ) -> Peak:  # fmt: skip
-    """Log-probabilities of responses. minimum: tokens before which none may stop."""
+    """Log-probabilities of responses. minimum: tokens before which none may stop; several: see `peak_of`."""
     model, rule = skeleton(source, kind), SamplingRule(1.0, (0,), minimum)
     tokens, mask = batch(rows, prompt + response)
 
@@ -36,12 +36,14 @@ def logprobs(
         if backward:
             torch.autograd.backward([values.sum() + (spread.sum() if entropy else 0.0)])
 
-    return peak_of(model, call, shards, source.vocab)
+    return peak_of(model, call, shards, source.vocab, several=several)
 
 
 @lru_cache(maxsize=256)
-def scalars(source: Source, kind: Kind, rows: int, width: int, shards: int, *, backward: bool) -> Peak:
-    """A number at every position: values or scores."""
+def scalars(
+    source: Source, kind: Kind, rows: int, width: int, shards: int, *, backward: bool, several: bool = False
+) -> Peak:
+    """A number at every position: values or scores. several: see `peak_of`."""
     model = skeleton(source, kind)
     tokens, mask = batch(rows, width)
 
@@ -51,7 +53,7 @@ def scalars(source: Source, kind: Kind, rows: int, width: int, shards: int, *, b
         if backward:
             torch.autograd.backward([values.sum()])
 
-    return peak_of(model, call, shards, source.vocab)
+    return peak_of(model, call, shards, source.vocab, several=several)
 
 
 @lru_cache(maxsize=256)

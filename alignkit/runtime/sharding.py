@@ -181,6 +181,16 @@ class Cluster:
         for module in _fsdp_modules(model):
             module.reshard()
 
+    def accumulate(self, model: nn.Module, *, last: bool) -> None:
+        """Before each micro-batch of an optimizer step. Where nothing is split, the weights stay gathered from one
+        micro-batch to the next, and the gradient is added up on each rank and over the ranks only with the last one;
+        where models are split, that would take the memory that splitting saves."""
+        if self.mesh["shard"].size() > 1:
+            return
+        for module in _fsdp_modules(model):
+            module.set_requires_gradient_sync(last, recurse=False)
+            module.set_reshard_after_backward(last, recurse=False)
+
     def deal(self, lengths: Tensor) -> Hand:
         """Rows of these lengths (tokens, [n]) dealt over the ranks. Every rank holds equally many, as all must make the
         same number of calls to a sharded model; `collect` drops what fills a short hand up."""

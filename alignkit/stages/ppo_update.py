@@ -92,7 +92,8 @@ def policy_backward(
     settings, kl = config.ppo, config.kl
     counts = {"tokens": int(whole.response_mask.sum()), "rows": len(whole)}
     here = Metrics()
-    for micro in micros:
+    for number, micro in enumerate(micros, start=1):
+        actors.cluster.accumulate(actors.policy, last=number == len(micros))
         mask = micro.response_mask
         logprobs, entropy = response_logprobs(
             actors.policy, micro.tokens, micro.mask, mask, actors.rule, entropy=settings.entropy_coef > 0
@@ -135,7 +136,8 @@ def _ratio_metrics(metrics: Metrics, here: Metrics, clipped: Tensor, logprobs: T
 def value_backward(actors: Actors, micros: list[Minibatch], whole: Minibatch, settings, metrics: Metrics) -> None:
     """Add up the value model's gradient over micro-batches."""
     counts = {"tokens": int(whole.value_mask.sum()), "rows": len(whole)}
-    for micro in micros:
+    for number, micro in enumerate(micros, start=1):
+        actors.cluster.accumulate(actors.value_model, last=number == len(micros))
         width, mask = micro.value_mask.shape[1], micro.value_mask
         values = actors.value_model(micro.tokens, micro.mask)[:, -width - 1 : -1]
         loss, clipped = clipped_value_loss(values, micro.old_values, micro.returns, mask, clip=settings.value_clip)
