@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from alignkit.algo.sampling import SamplingRule
     from alignkit.algo.types import PromptBatch, Rollout
 
+SHAPES = 256  # that may be compiled in one process
 BLOCK = 64  # tokens: room for prompt and response is rounded up to it, so that there are few shapes to compile
 
 
@@ -151,6 +152,8 @@ def _copy(config: str, kind: type, device: torch.device, dtype: torch.dtype, com
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         model = kind._from_config(kind.config_class.from_dict(json.loads(config)), dtype=dtype)
     model.requires_grad_(False).eval()
+    # Each shape (rows, room) is compiled once; after torch's own limit of 8 it would go on uncompiled without a word.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     return Copy(model, torch.compile(last_logits, mode=mode, dynamic=False) if compiled else last_logits)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from alignkit.models.memory import units_of
 from alignkit.reward.model import RewardModel
+from alignkit.rollout.compiled import BLOCK, Compiled
 from alignkit.rollout.native import Native
 from alignkit.runtime import plan_work as work
 from alignkit.runtime.config import RunConfig
@@ -109,7 +110,7 @@ class Cast:
         }
         named = {NAMES.get(name, name): footprint for name, footprint in found.items()}
         if not isinstance(self.config.rollout, Native):  # vLLM's cache is what it is given, and not counted
-            named["engine's copy"] = Footprint(weights=self.policy.whole)
+            named["engine's copy"] = Footprint(weights=self.policy.whole, kv_cache=self.kept_cache)
         if self.config.ppo.ema is not None:
             named["policy average"] = Footprint(weights=self.policy.gradients)
         if self.config.ppo.keep == "best":
@@ -129,24 +130,37 @@ class Cast:
 
     @property
     def several(self) -> bool:
-        """Whether a minibatch takes more than one micro-batch."""
-        rows = self.config.ppo.minibatch
-        return self.micro(rows)[0] < self.layout.share(rows, rows)
+        """Whether a minibatch of the longest rows takes more than one micro-batch."""
+        rows, longest = self.config.ppo.minibatch, self.config.ppo.max_prompt + self.config.rollout.max_response
+        return self.layout.share(rows, rows) * longest > self.config.ppo.microbatch_tokens
+
+    @property
+    def kept_cache(self) -> int:
+        """Bytes of the key-value cache that the compiled engine keeps from one rollout to the next, in whole blocks."""
+        if not isinstance(self.config.rollout, Compiled):
+            return 0
+        prompt, response = self.config.ppo.max_prompt, self.config.rollout.max_response
+        *_, (_, _, cache) = work.decoding(self.policy.source, self.policy.kind, *self._decoded, None)
+        return cache // (prompt + response) * (-(-(prompt + response) // BLOCK) * BLOCK)
+
+    @property
+    def _decoded(self) -> tuple[int, int, int, int]:
+        """Rows that a rank decodes at once, tokens of their prompts and responses, and the fewest of a response."""
+        rollout, rows = self.config.rollout, self.config.ppo.batch
+        share = self.layout.share(rows, getattr(rollout, "batch", rows))
+        return share, self.config.ppo.max_prompt, rollout.max_response, rollout.min_response
 
     def rollout(self) -> Iterator[Moment]:
         """Sampling: the whole policy, or layer after layer, with the key-value cache."""
-        policy, rollout = self.policy, self.config.rollout
-        share = self.layout.share(self.config.ppo.batch, getattr(rollout, "batch", self.config.ppo.batch))
-        unshard = getattr(rollout, "unshard", True)
+        policy, unshard = self.policy, getattr(self.config.rollout, "unshard", True)
         shards = None if unshard else self.layout.shards
-        lengths = (self.config.ppo.max_prompt, rollout.max_response, rollout.min_response)
-        for moment, peak, cache in work.decoding(policy.source, policy.kind, share, *lengths, shards):
+        for moment, peak, cache in work.decoding(policy.source, policy.kind, *self._decoded, shards):
             gathered = peak["gathered"] + (policy.whole if unshard else 0)
             activations = max(peak["activations"] - cache, 0)
-            yield (
-                moment,
-                self.models(policy={**peak, "gathered": gathered, "activations": activations, "kv_cache": cache}),
-            )
+            mine = {**peak, "gathered": gathered, "activations": activations, "kv_cache": cache}
+            if self.kept_cache:  # it is the engine's, then
+                del mine["kv_cache"]
+            yield moment, self.models(policy=mine)
 
     def scoring(self) -> Iterator[Moment]:
         """One model after the other, without gradients; the roots of the trained ones stay gathered."""

@@ -15,6 +15,7 @@ from alignkit.algo.sampling import SamplingRule, draw
 from alignkit.algo.sequence import position_ids, token_logprobs
 from alignkit.models.memory import Gathering, LiveBytes, peak_of
 from alignkit.models.policy import response_logprobs
+from alignkit.rollout.cache import room_for
 from alignkit.runtime.plan_models import Kind, Source, skeleton
 
 Peak = dict[str, int]
@@ -121,7 +122,7 @@ def decoding(
     found = []
     with torch.no_grad():
         for moment, call, before in (("prompts", prompts, 0), ("last token", last_token, prompt + response - 2)):
-            cache = DynamicCache(config=model.config)
+            cache = room_for(model.config, prompt + response)
             with LiveBytes(model, source.vocab) as live:
                 if before:
                     step(cache, before, before)
@@ -134,8 +135,10 @@ def decoding(
 
 
 def cache_bytes(cache: DynamicCache) -> int:
-    """2 * rows * key-value heads * tokens * width of a head * bytes of a number, over the layers."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    """2 * rows * key-value heads * tokens that there is room for * width of a head * bytes of a number, over the
+    layers."""
+    kept = (getattr(layer, "buffers", None) or (layer.keys, layer.values) for layer in cache.layers)
+    return sum(states.nbytes for pair in kept for states in pair)
 
 
 def batch(rows: int, width: int) -> tuple[Tensor, Tensor]:

@@ -182,9 +182,9 @@ class Cluster:
             module.reshard()
 
     def accumulate(self, model: nn.Module, *, last: bool) -> None:
-        """Before each micro-batch of an optimizer step. Where nothing is split, the weights stay gathered from one
-        micro-batch to the next, and the gradient is added up on each rank and over the ranks only with the last one;
-        where models are split, that would take the memory that splitting saves."""
+        """Before each micro-batch of an optimizer step. Where nothing is split, what a backward has gathered
+        is there for the next forward, and the gradient is added up on each rank and over the ranks only with the last
+        micro-batch; where models are split, that would take the memory that splitting saves."""
         if self.mesh["shard"].size() > 1:
             return
         for module in _fsdp_modules(model):

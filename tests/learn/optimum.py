@@ -37,6 +37,7 @@ from alignkit.algo.sampling import SamplingRule
 from alignkit.algo.shaping import Shaping
 from alignkit.models.policy import response_logprobs
 from alignkit.models.scalar import ScalarModel
+from alignkit.rollout.compiled import Compiled
 from alignkit.rollout.native import Native
 from alignkit.runtime.config import conf_dir
 from alignkit.runtime.sharding import Cluster
@@ -117,7 +118,15 @@ def settings(name: str, **changes) -> dict:
     return {**values, **changes}
 
 
-def config_of(algorithm: str, beta: float, seed: int, iterations: int, **changes) -> SimpleNamespace:
+def engine_of(name: str) -> Native | Compiled:
+    """The rollout engine of that name; `compiled` without its compiler, which changes nothing but the time."""
+    kind, more = (Compiled, {"compile": False}) if name == "compiled" else (Native, {})
+    return kind(**settings(f"rollout/{name}", temperature=1.0, max_response=LONGEST, batch=4096, **more))
+
+
+def config_of(
+    algorithm: str, beta: float, seed: int, iterations: int, *, engine: str = "native", **changes
+) -> SimpleNamespace:
     """What `ppo_iteration` reads of a RunConfig; gamma = lambda = 1, nothing done to scores, KL k1 in the reward."""
     tuned = {**TUNED[algorithm], **changes}
     budget = {"episodes": iterations * tuned["batch"], "microbatch_tokens": 64 * tuned["minibatch"]}
@@ -131,7 +140,7 @@ def config_of(algorithm: str, beta: float, seed: int, iterations: int, **changes
         seed=seed,
         ppo=PPOSettings(**ppo),
         ptx=PtxSettings(**settings("ptx/none")),
-        rollout=Native(**settings("rollout/native", temperature=1.0, max_response=LONGEST, batch=4096)),
+        rollout=engine_of(engine),
         shaping=Shaping(**settings("shaping/default", missing_eos_penalty=0.0)),
         advantage=advantage,
         kl=FixedKL(**settings("kl/fixed", coef=beta)),

@@ -16,9 +16,10 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import alignkit.cli
+from alignkit.algo.batching import token_cuts
 from alignkit.algo.sampling import SamplingRule
 from alignkit.errors import UserError
 from alignkit.models.loading import build_model, load_causal, load_encoder, model_config, scorer_from_policy
@@ -26,6 +27,7 @@ from alignkit.models.memory import ATTENTION, peak_of
 from alignkit.models.policy import response_logprobs
 from alignkit.models.scalar import ScalarModel
 from alignkit.models.settings import ModelSettings
+from alignkit.rollout.cache import room_for
 from alignkit.runtime import plan_text
 from alignkit.runtime.config import RunConfig, conf_dir, load
 from alignkit.runtime.plan import plan
@@ -161,7 +163,7 @@ def test_dimensions_that_do_not_go_together_are_refused(words, said):
 def test_llama_3_1_8b_on_eight_gpus_by_hand():
     """Weights and moments of N parameters in float32 are 4 N and 8 N over 8 GPUs, a frozen policy in bfloat16 2 N; the
     value model has a row of 4,096 instead of the head of 128,256 rows, and a bias. The cache holds keys and values of
-    32 layers, 8 heads, 128 numbers of 2 bytes, for 32 rows of 512 + 512 tokens but the last, which is never read."""
+    32 layers, 8 heads, 128 numbers of 2 bytes, with room for 512 + 512 tokens of 32 rows from the start."""
     config = config_of(
         "rlhf", "model=llama3_1_8b", "model.path=null", "compute_dtype=bfloat16", "launch.processes=8",
         "ppo.batch=256", "ppo.minibatch=256", "ppo.episodes=2560", "ppo.max_prompt=512", "rollout.max_response=512",
@@ -177,8 +179,7 @@ def test_llama_3_1_8b_on_eight_gpus_by_hand():
     assert cast.policy.gradients == 4 * count / 8 and cast.policy.whole == 2 * count
     (_, rollout), (_, last) = cast.rollout()
     assert rollout["policy"].gathered == last["policy"].gathered == 2 * count
-    assert rollout["policy"].kv_cache == 2 * 32 * 8 * 128 * 2 * 32 * 512
-    assert last["policy"].kv_cache == 2 * 32 * 8 * 128 * 2 * 32 * 1023
+    assert rollout["policy"].kv_cache == last["policy"].kv_cache == 2 * 32 * 8 * 128 * 2 * 32 * 1024
 
 
 def test_what_a_llama_layer_keeps_for_its_backward_by_hand():
@@ -224,10 +225,10 @@ def saved_bytes(model: nn.Module, forward: Callable) -> int:
 def test_the_key_value_cache_is_that_of_a_real_run(folders):
     words = ("ppo.batch=6", "ppo.minibatch=6", "ppo.episodes=60", "ppo.max_prompt=9", "rollout.max_response=5")
     found = planned("ppo", *words, f"policy={folders / 'policy'}")["rollout"]
-    model, cache = load_causal(folders / "policy"), DynamicCache()
-    model(input_ids=torch.zeros(6, 9 + 5 - 1, dtype=torch.long), past_key_values=cache)
-    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert found.models["policy"].kv_cache in (real, real * 9 // 13)  # at the last token, or after the prompts
+    model, cache = load_causal(folders / "policy"), room_for(AutoConfig.from_pretrained(folders / "policy"), 9 + 5)
+    model(input_ids=torch.zeros(6, 9, dtype=torch.long), past_key_values=cache)
+    real = sum(buffer.nbytes for layer in cache.layers for buffer in layer.buffers)
+    assert found.models["policy"].kv_cache == real  # from the prompts on, with room for the response
 
 
 # ----------------------------------------------------------------------------------- against real models and allocators
@@ -703,4 +704,15 @@ def test_an_engine_with_weights_of_its_own_takes_a_copy_more():
     native, compiled = (plan("ppo", config_of("ppo", *words, f"rollout={name}")) for name in ("native", "compiled"))
     for before, after in zip(native, compiled, strict=True):
         copy = after.models["engine's copy"]
-        assert copy.weights > 0 and after.total == pytest.approx(before.total + copy.weights)
+        sampling = before.models["policy"].kv_cache  # which is in the copy's cache then
+        assert copy.weights > 0 and copy.kv_cache > 0
+        assert after.total == pytest.approx(before.total + copy.weights + copy.kv_cache - sampling)
+
+
+@pytest.mark.parametrize("budget, several", [(48, False), (47, True), (40, True)])
+def test_where_the_last_row_does_not_fit_there_are_several_micro_batches(budget, several, middle):
+    """Four rows of 12 tokens; of 40 tokens the plan's micro-batch has four rows of 10, the real ones three and one."""
+    words = ("ppo.batch=4", "ppo.minibatch=4", "ppo.max_prompt=6", "rollout.max_response=6")
+    config = config_of("rlhf", *MIDDLE, *words, f"ppo.microbatch_tokens={budget}")
+    cast = Cast.of(config, *middle, Layout.of(config))
+    assert cast.several == several == (len(token_cuts(torch.full((4,), 12), budget)) > 1)
