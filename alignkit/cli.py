@@ -18,10 +18,16 @@ USAGE = """alignkit {version}: alignment of language models from human preferenc
   alignkit plan RECIPE [KEY=VALUE ...] [--gpu-memory=GIB]
                                         what it takes of each GPU's memory, and whether that fits
   alignkit resume RUN                   go on with a run that was interrupted, wherever it was
+  alignkit report RUN                   write the report of a run, or of a sweep, anew: a page for any browser
   alignkit evaluate RUN [KEY=VALUE ...] judge a finished run once more, as in judge=model judge.path=FOLDER
   alignkit serve-reward FOLDER [--port=8321]
                                         a reward model behind HTTP, for reward=http
-  eval "$(alignkit -sc install=bash)"   tab completion
+  alignkit sync RUN                     send to W&B what was tracked offline, and draw what came from what
+  alignkit explain [KEY [RECIPE]]       what a setting or a group of them means and which presets change it
+  alignkit recipes                      all recipes, experiments and sweeps with one line each
+  alignkit dashboard [--project=P] [--entity=E] [--out=FILE]
+                                        a W&B workspace for your runs, made or brought up to date
+  eval "$(alignkit -sc install=bash)"   tab completion in this shell; keep it in ~/.bashrc
 
 recipes:
 {recipes}
@@ -60,6 +66,10 @@ def main() -> None:
         from alignkit.runtime.resume import resume
 
         sys.exit(resume(words[1:], recipes))
+    if name == "report":
+        from alignkit.runtime.report_run import report_command
+
+        sys.exit(report_command(words[1:], recipes))
     if name == "evaluate":
         from alignkit.runtime.evaluate_run import evaluate
 
@@ -68,6 +78,18 @@ def main() -> None:
         from alignkit.runtime.serve import serve_command
 
         sys.exit(serve_command(words[1:]))
+    if name in ("explain", "recipes"):
+        from alignkit.runtime.explain import explain_command
+
+        sys.exit(explain_command(words[1:], {name: _summary(file) for name, file in recipes.items()}))
+    if name == "sync":
+        from alignkit.runtime.sync import sync_command
+
+        sys.exit(sync_command(words[1:]))
+    if name == "dashboard":
+        from alignkit.runtime.dashboard import dashboard_command
+
+        sys.exit(dashboard_command(words[1:]))
     if name not in recipes:
         print(f"error: no recipe '{name}'; recipes: {', '.join(recipes)} (alignkit --help)", file=sys.stderr)
         sys.exit(2)

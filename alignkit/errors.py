@@ -13,6 +13,10 @@ class TrainingError(Exception):
     that moment was saved. Exit code 1, no traceback."""
 
 
+class NotFinite(TrainingError):
+    """A loss, a gradient or a score became NaN or infinite."""
+
+
 class StageFailed(Exception):
     """A stage's processes ended with an error; the message has its cause and the place of the log."""
 

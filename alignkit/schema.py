@@ -4,9 +4,9 @@ Values live in `conf/`, so fields have no defaults here. This module may be impo
 imports none of them; nor does it import torch, so that a configuration is validated in well under a second.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 settings = dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
@@ -18,3 +18,23 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Proportion = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+
+
+def section(cls: type) -> Any:
+    """The type of a field that is a group of settings itself, given as a mapping: `stop_if: section(Limits)`."""
+
+    def made(value: Any) -> Any:
+        try:
+            return cls(**value) if isinstance(value, dict) else value
+        except ValidationError as error:
+            lines = (f"{'.'.join(map(str, item['loc']))}: {_plain(item)}" for item in error.errors())
+            raise ValueError("; ".join(lines)) from None
+
+    return Annotated[cls, BeforeValidator(made)]
+
+
+def _plain(item: Any) -> str:
+    if item["type"] == "unexpected_keyword_argument":
+        return "unknown key"
+    expected = item["msg"].removeprefix("Input should be ")
+    return "missing" if item["type"] == "missing" else f"expected {expected}, got {item['input']!r}"

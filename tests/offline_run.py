@@ -22,7 +22,8 @@ FULL, FIRST, LAST = 1, 2, 4
 
 
 class OfflineRun:
-    """A finished run: `run` (project, run_group, job_type, ...), `config`, `history`, `summary`, `exit_code`."""
+    """A finished run: `run` (project, run_group, job_type, ...), `config`, `history`, `summary`, `artifacts`, `alerts`,
+    `exit_code`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -31,6 +32,8 @@ class OfflineRun:
         self.summary: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.metrics: list[dict[str, Any]] = []
+        self.artifacts: list[dict[str, Any]] = []
+        self.alerts: list[dict[str, Any]] = []
         self.exit_code: int | None = None
         for record in _records(next(folder.glob("*.wandb"))):
             self._take(record)
@@ -50,6 +53,12 @@ class OfflineRun:
             self.summary |= _items(message.update)
         elif kind == "metric":
             self.metrics.append(MessageToDict(message, preserving_proto_field_name=True))
+        elif kind == "artifact":
+            self.artifacts.append(MessageToDict(message, preserving_proto_field_name=True))
+        elif kind == "alert":
+            self.alerts.append(MessageToDict(message, preserving_proto_field_name=True))
+        elif kind == "request" and message.WhichOneof("request_type") == "log_artifact":
+            self.artifacts.append(MessageToDict(message.log_artifact.artifact, preserving_proto_field_name=True))
         elif kind == "exit":
             self.exit_code = message.exit_code
 

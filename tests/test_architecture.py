@@ -105,8 +105,8 @@ def test_a_recipe_imports_nothing_but_the_runtime():
         assert len(file.read_text("utf-8").splitlines()) <= 30
 
 
-def test_only_the_sink_imports_wandb():
-    assert importers("wandb") == {"alignkit/observe/wandb_sink.py"}
+def test_only_the_sink_and_the_dashboard_import_wandb():
+    assert importers("wandb") == {"alignkit/observe/wandb_sink.py", "alignkit/observe/dashboard.py"}
 
 
 def test_only_the_runtime_imports_hydra():
@@ -127,7 +127,7 @@ def test_files_and_functions_are_short(path):
 
 
 def test_the_package_can_be_read_in_a_day():
-    assert sum(len(text.splitlines()) for text in SOURCES.values()) < 19500
+    assert sum(len(text.splitlines()) for text in SOURCES.values()) < 20800
 
 
 def docstrings(text: str) -> Iterator[str]:

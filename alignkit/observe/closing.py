@@ -38,8 +38,8 @@ INTERVALS.add("reward_model/eval_accuracy")
 TITLES = {"reward_model": "reward model", "evaluate": "evaluation"}
 
 
-def closing_words(summary: dict, folder: Path, stages: list[str]) -> str:
-    """Plain text for the terminal; `stages`: those of this run, in order."""
+def closing_words(summary: dict, folder: Path, stages: list[str], report: str = "") -> str:
+    """Plain text for the terminal; `stages`: those of this run, in order; `report`: a line on its report.html."""
     lines = ["", *table(summary)]
     comparison = folder / "evaluate" / "comparison.json"
     if "evaluate" in stages and comparison.is_file():
@@ -47,14 +47,15 @@ def closing_words(summary: dict, folder: Path, stages: list[str]) -> str:
             lines += ["", f"prompt  {_one_line(row['prompt'])}"]
             lines += [f"  SFT   {_one_line(row['baseline'])}", f"  PPO   {_one_line(row['policy'])}"]
     for stage, title in TITLES.items():
-        report = folder / stage / "report.json"
-        if stage in stages and report.is_file():
-            warnings = json.loads(report.read_text("utf-8"))["warnings"]
+        found = folder / stage / "report.json"
+        if stage in stages and found.is_file():
+            warnings = json.loads(found.read_text("utf-8"))["warnings"]
             lines += [""] * bool(warnings) + [f"{title}: warning: {text}" for text in warnings]
     place = os.path.relpath(folder)
     place = str(folder) if place.startswith("..") else place
     last = next((s for s in ("ppo", "reward_model", "sft") if s in stages), None)
     lines += ["", f"total {duration(summary.get('seconds/total', 0))}; results in {place}/summary.json"]
+    lines += [report] * bool(report)
     if "reward_model" in stages and (folder / "reward_model" / "report.html").is_file():
         lines.append(f"what is known of the reward model in {place}/reward_model/report.html")
     if last:

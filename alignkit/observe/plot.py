@@ -16,21 +16,24 @@ LIGHT = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#777700")
 DARK = ("#56b4e9", "#ff9f4a", "#2cc295", "#e695c8", "#f0e442")
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 4")
 WIDTH, HEIGHT = 480, 330
-LEFT, RIGHT, BOTTOM = 58, 14, 46
+LEFT, RIGHT, BOTTOM = 58, 22, 46
 ROW = 18  # height of a line of text
+GREY = ("guide", "faint")  # kinds of series without a colour of their own
 
 
 @dataclass(frozen=True)
 class Series:
-    """Values at x; low, high: the ends of each value's interval. kind: how it is drawn; guide: a grey line to compare
-    with, without markers, drawn first."""
+    """Values at x; low, high: the ends of each value's interval; labels: a short text beside each value. kind: how it
+    is drawn; guide: a grey line to compare with, without markers, drawn first; faint: likewise, the noise behind a
+    mean."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
-    kind: Literal["line", "points", "line+points", "guide", "steps"] = "line+points"
+    kind: Literal["line", "points", "line+points", "guide", "faint", "steps"] = "line+points"
+    labels: Sequence[str] | None = None
 
 
 def line_chart(
@@ -41,16 +44,16 @@ def line_chart(
     are not finite are left out."""
     xs = [x for s in series for x in s.x]
     ys = [y for s in series for part in (s.y, s.low or (), s.high or ()) for y in part]
-    ordered = sorted(series, key=lambda s: s.kind != "guide")
-    coloured = [(s, max(number, 0)) for number, s in enumerate(ordered, -sum(s.kind == "guide" for s in series))]
+    ordered = sorted(series, key=lambda s: s.kind not in GREY)
+    coloured = [(s, max(number, 0)) for number, s in enumerate(ordered, -sum(s.kind in GREY for s in series))]
     places = _legend_places(ordered)
-    axes = _Axes(_ticks(xs, x_range), _ticks(ys, y_range), places[-1][1] + 1 if places else 0)
+    axes = _Axes(ticks(xs, x_range), ticks(ys, y_range), places[-1][1] + 1 if places else 0)
     parts = [axes.draw(x_label, y_label), *(_draw(s, number, axes) for s, number in coloured)]
     parts += [_named(s, number, place) for (s, number), place in zip(coloured, places)]
     name = escape(title or f"{y_label} against {x_label}")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {WIDTH} {axes.height}" role="img" '
-        f'aria-label="{name}"><title>{name}</title><style>{_style()}</style>'
+        f'aria-label="{name}"><title>{name}</title><style>{style_rules()}</style>'
         f'<rect class="paper" width="{WIDTH}" height="{axes.height}"/>{"".join(parts)}</svg>\n'
     )
 
@@ -112,11 +115,11 @@ class _Axes:
         for value in self.xs:
             at = f"{self.x(value):.1f}"
             parts.append(f'<path class="grid" d="M{at} {self.top}V{bottom}"/>')
-            parts.append(f'<text x="{at}" y="{bottom + 16}" text-anchor="middle">{_number(value)}</text>')
+            parts.append(f'<text x="{at}" y="{bottom + 16}" text-anchor="middle">{number_text(value)}</text>')
         for value in self.ys:
             at = self.y(value)
             parts.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
-            parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_number(value)}</text>')
+            parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{number_text(value)}</text>')
         middle, centre = (self.top + bottom) / 2, (LEFT + WIDTH - RIGHT) / 2
         parts.append(f'<text x="{centre}" y="{self.height - 8}" text-anchor="middle">{escape(x_label)}</text>')
         turned = f"translate(14 {middle:.1f}) rotate(-90)"
@@ -125,25 +128,32 @@ class _Axes:
 
 def _draw(s: Series, number: int, axes: _Axes) -> str:
     nothing = [math.nan] * len(s.x)
-    rows = [row for row in zip(s.x, s.y, s.low or nothing, s.high or nothing) if all(map(math.isfinite, row[:2]))]
-    places = [(axes.x(x), axes.y(y)) for x, y, _, _ in rows]
-    if s.kind == "guide":
-        return f'<path class="guide" d="{_path(places)}"/>'
+    columns = s.x, s.y, s.low or nothing, s.high or nothing, s.labels or [""] * len(s.x)
+    rows = [row for row in zip(*columns) if all(map(math.isfinite, row[:2]))]
+    places = [(axes.x(x), axes.y(y)) for x, y, *_ in rows]
+    if s.kind in GREY:
+        return f'<path class="{s.kind}" d="{_path(places)}"/>'
     colour, parts = number % len(LIGHT), []
     if s.kind == "steps":
         places = [corner for a, b in zip(places, places[1:]) for corner in (a, (b[0], a[1]))]
     if s.kind != "points":
         parts.append(f'<path class="c{colour}" stroke-dasharray="{DASHES[colour]}" d="{_path(places)}"/>')
-    for x, _, low, high in rows:
+    for x, _, low, high, _ in rows:
         if math.isfinite(low) and math.isfinite(high):
             ends = f"M{axes.x(x):.1f} {axes.y(low):.1f}V{axes.y(high):.1f}"
             parts.append(f'<path class="c{colour} thin" d="{ends}"/>')
     if "points" in s.kind:
-        parts += [_marker(colour, x, y, 2.2 if len(places) > 100 else 3.6) for x, y in places]
+        parts += [marker(colour, x, y, 2.2 if len(places) > 100 else 3.6) for x, y in places]
+    if s.labels:
+        parts += [
+            f'<text class="over" x="{axes.x(x) + 6:.1f}" y="{axes.y(y) - 5:.1f}">{escape(t)}</text>'
+            for x, y, _, _, t in rows
+        ]
     return "".join(parts)
 
 
-def _marker(colour: int, x: float, y: float, r: float) -> str:
+def marker(colour: int, x: float, y: float, r: float) -> str:
+    """The sign of a series, of so many pixels around a place."""
     shapes = (
         f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0z",
         f"M{x - r:.1f} {y - r:.1f}h{2 * r}v{2 * r}h{-2 * r}z",
@@ -173,13 +183,13 @@ def _named(s: Series, number: int, place: tuple[int, int]) -> str:
     """A series' line in the legend."""
     (x, row), colour = place, number % len(LIGHT)
     y = 14 + ROW * row
-    look = 'class="guide"' if s.kind == "guide" else f'class="c{colour}" stroke-dasharray="{DASHES[colour]}"'
+    look = f'class="{s.kind}"' if s.kind in GREY else f'class="c{colour}" stroke-dasharray="{DASHES[colour]}"'
     line = f'<path {look} d="M{x} {y - 4}h24"/>' if s.kind != "points" else ""
-    marker = _marker(colour, x + 12, y - 4, 3.6) if "points" in s.kind else ""
-    return f'{line}{marker}<text x="{x + 30}" y="{y}">{escape(s.name)}</text>'
+    point = marker(colour, x + 12, y - 4, 3.6) if "points" in s.kind else ""
+    return f'{line}{point}<text x="{x + 30}" y="{y}">{escape(s.name)}</text>'
 
 
-def _ticks(values: Sequence[float], wanted: tuple[float, float] | None) -> list[float]:
+def ticks(values: Sequence[float], wanted: tuple[float, float] | None) -> list[float]:
     """Four to eight round numbers (1, 2 or 5 times a power of ten apart) around the values, or in the wanted range."""
     finite = [v for v in values if math.isfinite(v)]
     low, high = wanted or ((min(finite), max(finite)) if finite else (0.0, 1.0))
@@ -192,17 +202,20 @@ def _ticks(values: Sequence[float], wanted: tuple[float, float] | None) -> list[
     return [i * step for i in range(first, last + 1)]
 
 
-def _number(value: float) -> str:
-    return f"{value + 0.0:.6g}".replace("-", "\u2212")
+def number_text(value: float) -> str:
+    """Six digits at most, with a true minus sign."""
+    return f"{value + 0.0:.6g}".replace("e-0", "e-").replace("e+0", "e").replace("-", "\u2212")
 
 
-def _style() -> str:
+def style_rules() -> str:
     """Plain rules and, for a dark system, the same rules once more: programs that know no media queries or variables
     (converters, word processors) then still draw the light picture."""
     return "".join(
-        f"{before}.plot text{{font:13px system-ui,sans-serif;fill:{ink}}}.plot .paper{{fill:{paper}}}"
+        f"{before}.plot text{{font:13px system-ui,sans-serif;fill:{ink}}}.plot .over{{stroke:{paper};stroke-width:4;"
+        f"paint-order:stroke}}.plot .paper{{fill:{paper}}}"
         f".plot path{{fill:none;stroke-width:2}}.plot .grid{{stroke:{grid};stroke-width:1}}"
         f".plot .thin{{stroke-width:1.2}}.plot .guide{{stroke:{grey};stroke-dasharray:5 4;stroke-width:1.5}}"
+        f".plot .faint{{stroke:{grey};stroke-opacity:.55;stroke-width:1}}"
         + "".join(f".plot .c{i}{{stroke:{c}}}.plot .m{i}{{fill:{c};fill-opacity:.75}}" for i, c in enumerate(colours))
         + after
         for before, ink, paper, grid, grey, colours, after in (

@@ -15,9 +15,9 @@ def reward_page(report: dict[str, Any]) -> str:
         [
             *(warnings or [paragraph("Nothing to warn of was found.")]),
             heading("On pairs that it has not seen"),
-            table(["figure", "value", "95% interval"], _figures(report)),
+            table(["figure", "value", "95% interval"], figures_of(report)),
             paragraph(f"Intervals: {report['interval']}."),
-            pictures(_pictures(report)),
+            pictures(pictures_of(report)),
             heading("Scores"),
             table(["responses", "number", "mean", "deviation"], _scores(report["scores"])),
             *_subsets(report["subsets"]),
@@ -26,7 +26,8 @@ def reward_page(report: dict[str, Any]) -> str:
     )
 
 
-def _figures(report: dict[str, Any]) -> list[list[str]]:
+def figures_of(report: dict[str, Any]) -> list[list[str]]:
+    """Rows of figure, value and interval."""
     length, temperature = report["length"], report["temperature"]
     verdict = {True: "passed", False: "FAILED", None: "not applied"}[report["gate"]["passes"]]
     bound = {None: "", "lowest": " (the lowest tried)", "highest": " (the highest tried)"}[temperature["bound"]]
@@ -56,7 +57,8 @@ def _row(name: str, estimate: dict[str, Any] | None) -> list[str]:
     return [name, _share(estimate["value"]), interval]
 
 
-def _pictures(report: dict[str, Any]) -> list[tuple[str, str]]:
+def pictures_of(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Reliability, accuracy by margin, scores and score against length, as (SVG, caption)."""
     before, after = report["reliability"], report["reliability_after_temperature"] or []
     scale = report["temperature"]["value"]
     reliability = [

@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from alignkit.schema import settings
+from alignkit.observe.alerts import Limits
+from alignkit.schema import section, settings
 
 
 @settings
@@ -14,6 +15,9 @@ class TrackingSettings:
     entity:  W&B user or team; null is the default of the account.
     tags:    labels of every run, to filter by.
     notes:   a sentence about the run, shown beside it; null for none.
+    artifacts: models and data in W&B, with the lines between them: none | reference (where they lie, nothing is sent) |
+             upload (the models).
+    alerts:  what is told, once a stage and kind, in the terminal, in summary.json and by W&B.
     """
 
     mode: Literal["auto", "online", "offline", "disabled"]
@@ -21,3 +25,5 @@ class TrackingSettings:
     entity: str | None
     tags: list[str]
     notes: str | None
+    artifacts: Literal["none", "reference", "upload"]
+    alerts: section(Limits)

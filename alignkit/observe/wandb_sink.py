@@ -5,17 +5,18 @@ The x-axis is the stage's step key. `log(step=...)` is never used: it drops ever
 so that a resumed run or a second kind of row would lose data without a word.
 """
 
-import configparser
 import json
 import logging
-import netrc
 import os
-from collections.abc import Mapping, Sequence
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import urlsplit
 
+from alignkit.observe.artifacts import Item, references
+from alignkit.observe.secrets import redacted
 from alignkit.observe.settings import TrackingSettings
 from alignkit.observe.tracking import STEP_KEYS, without_nonfinite
 
@@ -23,66 +24,28 @@ logger = logging.getLogger(__name__)
 
 INIT_SECONDS = 20
 """How long a silent server may hold up the start of a stage (wandb's own limit is 90, and then training dies)."""
+LOGIN_SECONDS = 5
+"""How long of it the key may be asked about, which is not part of the 20."""
 FINISH_SECONDS = 60
 """How long it may hold up the end. What is not uploaded by then is on disk and `wandb sync` sends it."""
-
-
-def decide_mode(mode: str) -> tuple[str, str | None]:
-    """The mode that a whole run uses, and a line for the user where that is not simply what was asked for.
-
-    Called once, by the launcher, before anything starts: it looks for an API key but neither asks the network nor
-    prompts, as wandb would do in the middle of a run. WANDB_MODE decides where the settings say `auto`.
-    """
-    saved = _saved_settings()
-    asked = mode
-    if mode == "auto":
-        asked = os.environ.get("WANDB_MODE") or saved.get("mode") or "auto"
-        asked = {"dryrun": "offline", "run": "online", "shared": "online"}.get(asked, asked)
-    if asked in ("offline", "disabled"):
-        return asked, None if asked == mode else f"tracking: W&B {asked}, as set by WANDB_MODE or `wandb {asked}`"
-    place = _find_api_key(saved)
-    if place is None:
-        return "offline", (
-            "tracking: W&B offline, no API key found (set one with `wandb login` or WANDB_API_KEY, upload later with "
-            "`wandb sync`, or turn W&B off with tracking=none)"
-        )
-    return "online", None if mode == "online" else f"tracking: W&B online, API key found in {place}"
-
-
-def _saved_settings() -> dict[str, str]:
-    """What `wandb login` and `wandb offline` have left: the user's settings file, then the working folder's."""
-    config = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb")
-    here = Path(os.environ.get("WANDB_DIR") or ".") / "wandb"
-    saved = configparser.ConfigParser(interpolation=None)
-    try:
-        saved.read([config / "settings", here / "settings"])
-    except (configparser.Error, UnicodeDecodeError):
-        return {}
-    return dict(saved["default"]) if saved.has_section("default") else {}
-
-
-def _find_api_key(saved: Mapping[str, str]) -> str | None:
-    """Where wandb would find a key, in its own order. The key itself is not read further."""
-    for variable in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
-        if os.environ.get(variable):
-            return variable
-    if saved.get("api_key") or saved.get("identity_token_file"):
-        return "the W&B settings file"
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or saved.get("base_url") or "https://api.wandb.ai").netloc
-    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-    try:
-        entry = netrc.netrc(path).authenticators(host)
-    except (OSError, netrc.NetrcParseError):
-        return None
-    return str(path) if entry and entry[2] else None
+ASKING_SECONDS = 10
+"""How long the end waits for an answer about each artifact."""
+UPLOAD_SECONDS = 3600
+"""The same where models are uploaded."""
+AGENT = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
+"""What a W&B agent tells the run that it has started. One stage takes it; the others would overwrite that one."""
 
 
 class WandbSink:
     """An open W&B run of one stage. Names and step keys arrive complete; see `alignkit.observe.tracking.Tracker`."""
 
-    def __init__(self, run: Any, stage: str, mode: str, environment: Mapping[str, str | None]) -> None:
+    def __init__(
+        self, run: Any, stage: str, mode: str, environment: Mapping[str, str | None], artifacts: str = "reference"
+    ) -> None:
         self.mode = mode
         self._run = run
+        self._artifacts = artifacts
+        self._asking: list[threading.Thread] = []
         self._step_key = STEP_KEYS[stage]
         self._samples_key = f"{stage}/samples"
         self._table: Any = None
@@ -108,13 +71,55 @@ class WandbSink:
             self._table.add_data(*(_cell(row.get(name)) for name in self._table.columns))
         self._run.log({self._samples_key: self._table, self._step_key: step})
 
+    def histograms(self, values: Mapping[str, list[float]], step: int) -> None:
+        import wandb
+
+        drawn = {f"{name}_histogram": wandb.Histogram(numbers) for name, numbers in values.items()}
+        self._run.log({**drawn, self._step_key: step})
+
+    def alert(self, title: str, text: str) -> None:
+        """A message that W&B sends to whoever has asked for such ones."""
+        self._run.alert(title=title, text=text, level="WARN")
+
     def summarise(self, figures: Mapping[str, float | str]) -> None:
         self._run.summary.update(dict(figures))
+
+    def facts(self) -> dict[str, str | None]:
+        """Which run this is, for lineage.json and `alignkit sync`."""
+        run = self._run
+        return {"id": run.id, "mode": self.mode, "project": run.project, "entity": run.entity or None}
+
+    def inputs(self, items: Sequence[Item]) -> None:
+        """Draw the lines from what the stage takes, as far as there is a server: `alignkit sync` does it later."""
+        if self._artifacts != "none" and self.mode == "online":
+            self._aside(lambda: [self._run.use_artifact(make_artifact(item)) for item in items])
+
+    def product(self, item: Item) -> None:
+        """The model that the stage has made. Offline an upload waits for `alignkit sync`, as the model still moves."""
+        upload = self._artifacts == "upload"
+        if self._artifacts == "none" or (upload and self.mode == "offline"):
+            return
+        self._aside(lambda: self._run.log_artifact(make_artifact(item, upload), aliases=["latest", item.digest]))
+
+    def _aside(self, ask: Callable[[], Any]) -> None:
+        """Ask in a thread: these calls wait for the server's answer, which training must not."""
+
+        def work() -> None:
+            try:
+                ask()
+            except Exception as error:
+                reason = str(error).split("\n")[0]
+                logger.warning("tracking: W&B has no artifact (%s: %s)", type(error).__name__, reason)
+
+        self._asking.append(threading.Thread(target=work, daemon=True))
+        self._asking[-1].start()
 
     def finish(self, exit_code: int) -> None:
         """Finish and tear down: `finish` alone may return before the last records are in the run's file."""
         import wandb
 
+        for thread in self._asking:
+            thread.join(timeout=ASKING_SECONDS)
         try:
             self._run.finish(exit_code=exit_code)
             wandb.teardown()
@@ -134,6 +139,7 @@ def open_wandb(
     run_id: str,
     tags: Sequence[str],
     facts: Mapping[str, Any] = MappingProxyType({}),
+    of_agent: bool = False,
 ) -> WandbSink | None:
     """Open the W&B run of a stage. None where W&B is disabled or cannot be had: that never stops a run.
 
@@ -145,25 +151,29 @@ def open_wandb(
               and drops a nested value of the same name.
     tags:     all labels of the run, those of the settings included where the caller wants them.
     facts:    a few small values to filter by (recipe, digest), stored under "alignkit" with the stage.
+    of_agent: it takes the run that a W&B agent has begun, if there is one; every other stage is a run beside it, in the
+              sweep's project.
     """
     if mode == "disabled":
         return None
+    swept = bool(os.environ.get("WANDB_SWEEP_ID"))
     identity = {
-        "project": settings.project,
-        "entity": settings.entity,
-        "tags": list(tags),
-        "notes": settings.notes,
+        "project": (swept and os.environ.get("WANDB_PROJECT")) or settings.project,
+        "entity": (swept and os.environ.get("WANDB_ENTITY")) or settings.entity,
+        "tags": redacted(tags),
+        "notes": redacted(settings.notes),
         "group": run_name,
         "job_type": stage,
         "id": run_id,
         "name": f"{run_name}/{label}",
-        "config": {"alignkit": {**facts, "stage": stage}, "cfg": dict(config)},
+        "config": {"alignkit": {**facts, "stage": stage}, "cfg": redacted(config)},
         "dir": str(folder),
     }
-    held = _set_environment(_self_contained(folder))
+    held = _set_environment({**_self_contained(folder), **({} if of_agent else dict.fromkeys(AGENT))})
     for attempt in ("online", "offline") if mode == "online" else ("offline",):
         try:
-            return WandbSink(_init(attempt, identity), stage, attempt, held)
+            run = _init(attempt, identity, upload=settings.artifacts == "upload")
+            return WandbSink(run, stage, attempt, held, settings.artifacts)
         except Exception as error:
             reason = str(error).split("\n")[0]
             outcome = "going on offline" if attempt == "online" else "going on without it"
@@ -172,26 +182,65 @@ def open_wandb(
     return None
 
 
-def _init(mode: str, identity: Mapping[str, Any]) -> Any:
+def make_artifact(item: Item, upload: bool = False) -> Any:
+    """W&B's own object. A reference names each file by its address and, instead of a checksum of gigabytes, by the
+    digest of the product: the same product is the same version, whoever names it."""
+    import wandb
+
+    made = wandb.Artifact(item.name, type=item.kind, metadata=item.metadata)
+    if upload and item.kind == "model":
+        made.add_dir(str(item.here or item.places[0]), policy="immutable")
+        return made
+    for name, address, now in references(item):
+        for entry in made.add_reference(now, name=name, checksum=False):
+            entry.ref, entry.digest = address, f"{item.digest}/{name}"
+    return made
+
+
+def draw_lines(run: Mapping[str, str | None], folder: Path, items: Sequence[Item], product: Item | None) -> None:
+    """Take up a run that W&B has (its `facts`), draw the lines from what it took, and upload what it made. folder: for
+    W&B's own files. Raises whatever W&B does."""
+    import wandb
+
+    wandb.teardown()
+    held = _set_environment(_self_contained(folder))
+    place = {name: run[name] for name in ("id", "project", "entity")}
+    settings = _supported(wandb.Settings, upload=product is not None)
+    try:
+        taken_up = wandb.init(**place, dir=str(folder), mode="online", resume="must", settings=settings)
+        for item in items:
+            taken_up.use_artifact(make_artifact(item))
+        if product is not None:
+            taken_up.log_artifact(make_artifact(product, upload=True), aliases=["latest", product.digest])
+        taken_up.finish()
+    finally:
+        _set_environment(held)
+
+
+def _init(mode: str, identity: Mapping[str, Any], upload: bool = False) -> Any:
     """Start a W&B run, on a session of its own: an earlier one would ignore this stage's folders and mode."""
     import wandb
 
     wandb.teardown()
     (Path(identity["dir"]) / "wandb").mkdir(parents=True, exist_ok=True)
-    # `resume` continues the run of this id where an interrupted stage is taken up again; offline it has no effect.
-    return wandb.init(
-        **identity, mode=mode, resume="allow", reinit="finish_previous", settings=_supported(wandb.Settings)
-    )
+    words = sys.argv
+    sys.argv = redacted(words)  # wandb notes the command line
+    try:
+        # `resume` continues the run of this id where an interrupted stage is taken up again; offline it has no effect.
+        options = {"mode": mode, "resume": "allow", "reinit": "finish_previous"}
+        return wandb.init(**identity, **options, settings=_supported(wandb.Settings, upload))
+    finally:
+        sys.argv = words
 
 
-def _supported(settings_class: Any) -> Any:
+def _supported(settings_class: Any, upload: bool = False) -> Any:
     """Our W&B settings, without those that this version of wandb does not know: it would refuse them all."""
     wanted = {
         "console": "off",
         "silent": True,
         "init_timeout": INIT_SECONDS,
-        "login_timeout": 5,
-        "finish_timeout": FINISH_SECONDS,
+        "login_timeout": LOGIN_SECONDS,
+        "finish_timeout": UPLOAD_SECONDS if upload else FINISH_SECONDS,
         # The default of 15 s loses everything that a killed process logged in its last 15 s.
         "x_transaction_log_flush_interval": 1.0,
     }

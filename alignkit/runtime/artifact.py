@@ -79,6 +79,8 @@ def stage_digest(stage: str, raw: Mapping[str, Any], data: str, inputs: Mapping[
     if stage == "ppo" and raw["ppo"].get("evaluate_every") is None:
         del chosen["judge"]
         chosen["ppo"].pop("evaluate_prompts", None)
+    if "ppo" in chosen and not any(chosen["ppo"].get("stop_if", {}).values()):
+        chosen["ppo"].pop("stop_if", None)  # nothing stops it
     if stage != "reward_model":
         chosen["data"] = {key: value for key, value in chosen["data"].items() if key not in OF_LABELS}
     if stage == "preferences":
@@ -182,10 +184,14 @@ class Store:
             return None
         return Artifact(folder, digest, manifest["metrics"])
 
+    def partial(self, stage: str, digest: str) -> Path:
+        """Where the product is written."""
+        return self.folder / f"{stage}-{digest}.partial"
+
     def start(self, stage: str, digest: str, *, anew: bool = False) -> Path:
         """The folder to write the product into: the one that an interrupted attempt left with a checkpoint, unless
         `anew`; else an empty one, and what was left there is kept beside it."""
-        partial = self.folder / f"{stage}-{digest}.partial"
+        partial = self.partial(stage, digest)
         if not anew and any(partial.glob("state/checkpoint-*/sealed.json")):
             for left in ("result.json", "stop"):
                 (partial / left).unlink(missing_ok=True)
@@ -198,7 +204,7 @@ class Store:
 
     def publish(self, stage: str, digest: str, facts: Mapping[str, Any]) -> Artifact:
         """Seal the partial folder with a manifest and move it into place in one step."""
-        partial, final = self.folder / f"{stage}-{digest}.partial", self.folder / f"{stage}-{digest}"
+        partial, final = self.partial(stage, digest), self.folder / f"{stage}-{digest}"
         files = {
             str(file.relative_to(partial)): file_facts(file)
             for folder in ("model", "adapter")

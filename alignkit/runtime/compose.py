@@ -23,25 +23,28 @@ from omegaconf.errors import OmegaConfBaseException
 
 from alignkit.errors import UserError
 from alignkit.runtime.config import REFUSED, conf_dir
+from alignkit.runtime.sweep import Sweep
 
 STAMP = time.strftime("%Y%m%d-%H%M%S")  # of this process: the jobs of one sweep share it
 HERE = secrets.token_hex(8)  # this process, by which a job knows that it was sent to another one
 
 
 class JobFailed(Exception):
-    """A job that Hydra's launcher ran in another process: its words, and its exit code."""
+    """A job that ran in another process: its words, and its exit code."""
 
     def __init__(self, words: str, code: int) -> None:
         super().__init__(words, code)
         self.words, self.code = words, code
 
 
-def compose_and_call(conf: Path, name: str, call: Callable[[dict[str, Any]], int]) -> int:
-    """Compose conf/<name>.yaml with sys.argv and call `call` with the plain settings, once a job (several with -m).
+def compose_and_call(
+    conf: Path, name: str, call: Callable[[dict[str, Any]], int], check: Callable[[dict[str, Any]], None]
+) -> int:
+    """Compose conf/<name>.yaml with sys.argv and call `call` with the plain settings; returns its exit code.
 
-    `call` returns an exit code; the first that is not 0 is returned. Jobs of a sweep go on after one has failed, but
-    not after a signal (codes from 128 on). Where Hydra's launcher sends jobs to other processes (submitit), the first
-    that fails is raised as JobFailed once all have ended.
+    The jobs of a sweep (-m) are run by `sweep.Sweep`, which checks them all first. With launch.inline=true or another
+    launcher of Hydra's each is `call`ed: jobs go on after one has failed, but not after a signal (codes from 128 on).
+    Of jobs in other processes (also submitit's) the first that failed is raised as JobFailed once all have ended.
     """
     sys.path.insert(0, os.getcwd())  # for the user's own strategies, as `python -m` would
     full = os.environ.get("HYDRA_FULL_ERROR")
@@ -61,9 +64,11 @@ def compose_and_call(conf: Path, name: str, call: Callable[[dict[str, Any]], int
             faults.append(error)
             return
         if HydraConfig.get().mode is not None and HydraConfig.get().mode.name == "MULTIRUN":
-            raw["name"] = _job_name(raw["name"] or f"{name}-{stamp}", typed)
+            raw["name"] = job_name(raw["name"] or f"{name}-{stamp}", typed)
         codes.append(call(raw) if _is_here(here) else _call_elsewhere(call, raw))
 
+    task.sweep = sweep = Sweep(name, typed, f"{name}-{stamp}", check)  # for the launcher
+    sys.path.append(str(Path(__file__).with_name("plugins")))  # for the launcher `alignkit`
     if other := [word.partition("=")[2] for word in typed if word.startswith("hydra/launcher=")]:
         print(f"the jobs are run by {other[-1]}, and what they say is in its logs (RUNS_DIR/.sweeps)", flush=True)
     try:
@@ -75,6 +80,7 @@ def compose_and_call(conf: Path, name: str, call: Callable[[dict[str, Any]], int
             raise JobFailed(f"a job did not come back: {' '.join(str(error).split())}", 1) from None
         raise
     finally:
+        sweep.close()
         if full is None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
     if faults:
@@ -100,17 +106,18 @@ def _call_elsewhere(call: Callable[[dict[str, Any]], int], raw: dict[str, Any]) 
     return code
 
 
-def _job_name(base: str, typed: list[str]) -> str:
+def job_name(base: str, typed: list[str]) -> str:
     """A name of its own for each job of a sweep: its number and what it changes against the other jobs. typed: the
-    words that all jobs share; Hydra quotes and escapes some of them."""
-
-    def plain(words: list[str]) -> list[str]:
-        return [re.sub(r"['\\]", "", word) for word in words]
-
-    shared, tasks = plain(typed), plain(HydraConfig.get().overrides.task)
-    changed = [word for word in tasks if word not in shared and not word.startswith("name=")]
+    words that all jobs share."""
+    changed = own_words(list(HydraConfig.get().overrides.task), typed)
     words = re.sub(r"[^A-Za-z0-9_.=,+-]", "_", ",".join(changed))
     return f"{base}-{HydraConfig.get().job.num}-{words}"[:120].rstrip("-")
+
+
+def own_words(words: list[str], typed: list[str]) -> list[str]:
+    """The words of a job that were not typed for all; Hydra quotes and escapes some of them."""
+    shared, plain = ([re.sub(r"['\\]", "", word) for word in each] for each in (typed, words))
+    return [word for word in plain if word not in shared and not word.startswith(("name=", "hydra"))]
 
 
 def explain(error: Exception, conf: Path, name: str) -> str:

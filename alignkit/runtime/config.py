@@ -22,6 +22,7 @@ from pydantic.dataclasses import is_pydantic_dataclass
 from alignkit.algo.shaping import Shaping
 from alignkit.errors import UserError
 from alignkit.models.settings import ModelSettings, PeftSettings
+from alignkit.observe.secrets import secrets_in
 from alignkit.observe.settings import TrackingSettings
 from alignkit.runtime.rules import across
 from alignkit.runtime.settings import (
@@ -72,12 +73,18 @@ REFUSED = {  # keys that people look for, and why they are not there
     ),
 }
 
+NO_SECRET = (
+    "holds a secret, which would be written into the files of every run: leave it out and give the name of an "
+    "environment variable instead (token_env of reward and judge; HF_TOKEN for the Hub, WANDB_API_KEY for W&B)"
+)
+
 
 @dataclass(frozen=True)
 class RunConfig:
     """Everything that a run was told. `name`, `runs_dir`: where it writes; `seed`: all randomness; `compute_dtype`:
     of forward and backward passes; `force`: run
-    finished stages again; `trusted`: modules besides alignkit that `_target_` may name; `policy`: a model folder."""
+    finished stages again; `trusted`: modules besides alignkit that `_target_` may name; `policy`: a model folder;
+    `objective`: the figure of summary.json by which the jobs of a sweep are compared, or several."""
 
     name: str | None
     runs_dir: str
@@ -104,6 +111,7 @@ class RunConfig:
     checkpoint: CheckpointSettings
     tracking: TrackingSettings
     launch: LaunchSettings
+    objective: str | list[str] | None = None
     frontier: FrontierSettings | None = None
     overoptimize: OveroptimizeSettings | None = None
     denoise: DenoiseSettings | None = None
@@ -137,6 +145,7 @@ def load(raw: dict[str, Any]) -> RunConfig:
         if name in raw:
             parts[name] = _strategy(name, raw[name], trusted, faults)
     if not faults:
+        faults += [f"{name}: {NO_SECRET}" for name in secrets_in(raw)]
         faults += across(parts, _unknown)
     if faults:
         raise UserError("\n".join(sorted(faults)))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import StageFailed
+from alignkit.observe.progress import apart, terminal_of
 from alignkit.runtime.failure import failure, forget, reports_of, saved
 from alignkit.runtime.link import Link, Lost, address
 from alignkit.runtime.machines import Team, join
@@ -202,17 +203,21 @@ def worker_environment(launch: LaunchSettings, num_parameters: int | None) -> di
         TORCH_CPP_LOG_LEVEL="ERROR",  # DDP would advise against find_unused_parameters, which resuming needs
         PYTHONUNBUFFERED="1",
         ALIGNKIT_PARENT=str(os.getpid()),
-        ALIGNKIT_TERMINAL="1" if sys.stderr.isatty() else "0",
+        ALIGNKIT_TERMINAL=terminal_of(sys.stdout),
     )
     return environment
 
 
 def _echo(source, log) -> None:
     """Copy what the ranks print to this terminal and to the log, as it comes."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder, live = codecs.getincrementaldecoder("utf-8")(errors="replace"), False
     while chunk := source.read1(65536):
         with contextlib.suppress(OSError):  # a full disk must not stop the run, which goes on printing
             log.write(chunk)
         with contextlib.suppress(OSError, UnicodeError):  # nor a closed terminal; the log has it all
-            sys.stdout.write(decoder.decode(chunk))
+            shown, live = apart(decoder.decode(chunk), live)
+            sys.stdout.write(shown)
             sys.stdout.flush()
+    if live:  # the stage ended early: what comes next gets a line of its own
+        with contextlib.suppress(OSError, UnicodeError):
+            print(flush=True)

@@ -9,10 +9,12 @@ from contextlib import nullcontext
 from alignkit.errors import StageFailed, TrainingError, UserError
 from alignkit.models.settings import refuse_in_ppo, refuse_thin_chain
 from alignkit.observe.closing import closing_words
-from alignkit.runtime.config import conf_dir, load
+from alignkit.observe.leaderboard import check_objective
+from alignkit.runtime.config import RunConfig, conf_dir, load
 from alignkit.runtime.launch import follow
 from alignkit.runtime.machines import Team, facts_of
 from alignkit.runtime.outer import is_extra_task, with_outer
+from alignkit.runtime.report_run import report_at_end
 from alignkit.runtime.rules import TRAINS
 from alignkit.runtime.run import Purpose, Run
 from alignkit.runtime.signals import Stopped, hand_on, raise_stopped, signals_to
@@ -41,13 +43,17 @@ def run_program(name: str, chain: Callable[[Run], None]) -> int:
     try:
         if is_extra_task():
             return 0
-        return compose_and_call(conf_dir(), name, lambda raw: run_job(name, chain, raw))
+        return compose_and_call(
+            conf_dir(), name, lambda raw: run_job(name, chain, raw), lambda raw: check_job(name, raw)
+        )
     except (HydraException, OmegaConfBaseException) as error:
         return report(explain(error, conf_dir(), name), 2)
     except UserError as error:
         return report(str(error), 2)
     except JobFailed as failed:
         return report(failed.words, failed.code)
+    except Stopped as stop:  # of a sweep
+        return report(f"stopped by {stop}: {stop.saved}", stop.exit_code)
     except KeyboardInterrupt:
         return report("stopped by SIGINT; a job that was handed to Slurm goes on until scancel ends it", 130)
     except BrokenPipeError:  # `alignkit rlhf --cfg job | head`
@@ -62,11 +68,7 @@ def run_job(name: str, chain: Callable[[Run], None], raw: dict, purpose: Purpose
     try:
         if is_extra_task():  # of a job that submitit composed elsewhere and started here
             return 0
-        config = load(full := with_outer(raw))
-        if "ppo" in TRAINS[name]:
-            refuse_in_ppo(config.peft)
-        if len(TRAINS[name]) > 1:
-            refuse_thin_chain(config.peft)
+        config = checked(name, full := with_outer(raw))
         facts = facts_of(config, full) if config.launch.machines > 1 else {}
         if config.launch.machine > 0:
             follow(config.launch, facts)
@@ -88,12 +90,39 @@ def run_job(name: str, chain: Callable[[Run], None], raw: dict, purpose: Purpose
         code, words = 130, f"stopped by SIGINT{_what_is_left(run, 'finished stages are kept')}"
     finally:
         team.close(code, words)
+        told = _report(run, words)
     if code:
         report(words, code)
+        if told:
+            print(told, flush=True)
         hand_on(number)
         return code
-    print(closing_words(run.summary, run.folder, list(run.products)), flush=True)
+    print(closing_words(run.summary, run.folder, list(run.products), told), flush=True)
     return 0
+
+
+def _report(run: Run | None, error: str) -> str:
+    """Write report.html of a run that got as far as a stage, and return the line that tells of it, else "". A run that
+    is there already keeps its own when an evaluation beside it fails."""
+    if run is None or not (run.made or run.products) or (run.purpose == "extend" and error):
+        return ""
+    return report_at_end(run.folder, run.recipe, run.raw, error)
+
+
+def checked(name: str, raw: dict) -> RunConfig:
+    """The configuration of a recipe. Raises UserError for one that cannot be run."""
+    config = load(raw)
+    if "ppo" in TRAINS[name]:
+        refuse_in_ppo(config.peft)
+    if len(TRAINS[name]) > 1:
+        refuse_thin_chain(config.peft)
+    check_objective(name, config.objective)
+    return config
+
+
+def check_job(name: str, raw: dict) -> None:
+    """All that can be known before a run is begun, its data included. Raises UserError for what is wrong."""
+    Run(name, checked(name, with_outer(raw)), raw)
 
 
 def _what_is_left(run: Run | None, saved: str) -> str:

@@ -97,6 +97,10 @@ def _ppo_faults(ppo: PPOSettings, advantage: Any, shaping: Shaping, reward: Any,
             for mend, is_wrong in wrong.items()
             if is_wrong
         ]
+    if kl.target is None and ppo.stop_if.kl_ratio is not None:
+        faults.append(f"ppo.stop_if.kl_ratio={ppo.stop_if.kl_ratio}: kl has no target; set ppo.stop_if.kl in nats")
+    if kl.target is not None and ppo.stop_if.kl is not None:
+        faults.append(f"ppo.stop_if.kl={ppo.stop_if.kl}: kl.target={kl.target}; set ppo.stop_if.kl_ratio")
     horizon = getattr(kl, "horizon", None)
     if horizon is not None and ppo.batch >= 5 * horizon:
         faults.append(

@@ -12,8 +12,10 @@ from typing import Any, Literal, NamedTuple
 
 from alignkit import __version__
 from alignkit.errors import UserError
-from alignkit.observe.wandb_sink import decide_mode
+from alignkit.observe.artifacts import places_of
+from alignkit.observe.wandb_mode import decide_mode
 from alignkit.reward.source import chain_key
+from alignkit.runtime import lineage
 from alignkit.runtime.artifact import (
     MEASURES,
     Artifact,
@@ -39,6 +41,7 @@ from alignkit.runtime.launch import run_stage
 from alignkit.runtime.machines import Team
 from alignkit.runtime.rules import TRAINS
 from alignkit.runtime.sources import with_sources
+from alignkit.runtime.worker import report_reused
 
 Purpose = Literal["new", "resume", "extend"]
 """extend: a stage is added to a run that is there, whose other stages and config.yaml stay as they are."""
@@ -78,6 +81,7 @@ class Run:
         self.made: list[str] = []  # stages that this run made itself, in order
         self.summary: dict[str, Any] = {}
         self.started = time.time()
+        self.facts = lineage.facts_of_work()
         self._lock, self._note = None, note
 
     def _open(self) -> None:
@@ -88,7 +92,7 @@ class Run:
             _say(f"run {self.name} in {self.shown(self.folder)}")
             return
         for old in list(self.folder.iterdir()) if self.purpose == "new" else ():  # of another run of this name
-            if old.is_symlink() or old.name == "summary.json":
+            if old.is_symlink() or old.name in ("summary.json", lineage.FILE):
                 old.unlink()
         write_whole(self.folder / "config.yaml", f"# alignkit {self.recipe}\n{as_yaml(self.raw)}")
         _say(f"run {self.name} ({self.recipe}) in {self.shown(self.folder)}")
@@ -118,10 +122,11 @@ class Run:
         with self.store.locked(name, digest):
             anew = self.config.force or name in MEASURES
             product = None if anew else self.store.find(name, digest)
-            if product:
+            job, reused = self._job(name, label, digest, inputs, spec), product is not None
+            if reused:
                 _say(f"{label}: reused {self.shown(product.path)} (same settings and inputs; force=true runs it again)")
             else:
-                product = self._make(name, label, digest, inputs, spec)
+                product = self._make(job, inputs, spec)
         link(self.folder / label, product.path)
         self.products[label] = product
         self.summary = {key: value for key, value in self.summary.items() if not key.startswith(f"{label}/")}
@@ -130,6 +135,9 @@ class Run:
         if self.purpose != "extend":
             self.summary["seconds/total"] = round(time.time() - self.started, 1)
         write_json(self.folder / "summary.json", self.summary)
+        lineage.add_stage(self.folder, self.facts, job, product, reused)
+        if reused:
+            report_reused(job, self.config, self.summary)
         return product
 
     def _spec(self, changes: Mapping[str, Any]) -> Spec:
@@ -209,36 +217,47 @@ class Run:
                 "the model that it starts from or alignkit itself has changed since; put it back, or start another run"
             )
 
-    def _make(self, name: str, label: str, digest: str, inputs: dict[str, Artifact], spec: Spec) -> Artifact:
-        began = time.time()
+    def _job(self, name: str, label: str, digest: str, inputs: dict[str, Artifact], spec: Spec) -> dict[str, Any]:
+        """What the ranks of a stage are told."""
+        last = label == lineage.last_stage(self.recipe, self.config)
+        partial, base = self.store.partial(name, digest), hashlib.sha256(str(self.folder).encode()).hexdigest()[:6]
+        return {
+            "stage": name,
+            "label": label,
+            "recipe": self.recipe,
+            "run": self.name,
+            "digest": digest,
+            "run_id": lineage.wandb_id(self.folder, partial, f"{digest}-{base}", last),
+            "run_folder": str(self.folder),
+            "inputs": {key: str(item.path) for key, item in inputs.items()},
+            "made_from": {key: {"digest": item.digest, "path": str(item.path)} for key, item in inputs.items()},
+            "data": {"fingerprint": spec.data, "places": places_of(spec.raw["data"])},
+            "config": spec.raw,
+            "tracking_mode": self.mode,
+            "facts": self.facts,
+            "last": last,
+            "figures": self.summary if last else {},
+            "first": not self.made,
+        }
+
+    def _make(self, job: dict[str, Any], inputs: dict[str, Artifact], spec: Spec) -> Artifact:
+        began, name, label, digest = time.time(), job["stage"], job["label"], job["digest"]
         partial = self.store.start(name, digest, anew=self.config.force)
         if self.purpose != "extend":  # what is there stays until there is another
             link(self.folder / label, partial)
         ranks = self.config.launch.ranks
         begun = "taken up again" if (partial / "job.json").exists() else "started"
         _say(f"{label}: {begun}" + f" on {ranks} processes" * (ranks > 1))
-        job = {
-            "stage": name,
-            "label": label,
-            "recipe": self.recipe,
-            "run": self.name,
-            "digest": digest,
-            "run_id": f"{digest}-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:6]}",
-            "run_folder": str(self.folder),
-            "inputs": {key: str(item.path) for key, item in inputs.items()},
-            "config": spec.raw,
-            "tracking_mode": self.mode,
-            "first": not self.made,
-        }
         write_json(partial / "job.json", job)
         self.made.append(label)
         size = num_parameters(inputs, spec.raw["model"])
         stopped = run_stage(partial / "job.json", self.config.launch, size, self.team)
+        self.mode = (lineage.wandb_run(partial) or {}).get("mode", self.mode)  # one stage alone waits for a dead server
         metrics = json.loads((partial / "result.json").read_text("utf-8"))
         metrics["seconds"] = round(time.time() - began, 1)
         facts = {
             "metrics": metrics,
-            "inputs": {key: {"digest": item.digest, "path": str(item.path)} for key, item in inputs.items()},
+            "inputs": job["made_from"],
             "data": spec.data,
             "settings": spec.raw,
             "alignkit": __version__,

@@ -14,12 +14,14 @@ import sys
 import time
 import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
-from alignkit.errors import Interrupted, TrainingError, UserError
+from alignkit.errors import Interrupted, NotFinite, TrainingError, UserError
 from alignkit.runtime.artifact import write_json
 from alignkit.runtime.config import load
 from alignkit.runtime.group import die_with_parent
+from alignkit.runtime.lineage import WANDB
 from alignkit.stages.job import Job
 
 
@@ -34,7 +36,7 @@ def main() -> None:
     try:
         run_job(job_file)
     except BaseException as error:
-        kind = {UserError: "user", TrainingError: "training"}.get(type(error), "crash")
+        kind = {UserError: "user", TrainingError: "training", NotFinite: "training"}.get(type(error), "crash")
         text = traceback.format_exc()
         message = str(error) if kind != "crash" else f"{type(error).__name__}: {error}".splitlines()[0]
         report = {"rank": rank, "kind": kind, "message": message, "traceback": text, "time": time.time()}
@@ -69,6 +71,7 @@ def run_job(job_file: Path) -> None:
         first=spec["first"],
     )
     _quiet_libraries()
+    from alignkit.observe.alerts import NOT_A_NUMBER, Watch
     from alignkit.observe.tracking import Tracker
     from alignkit.runtime.checkpoint import Checkpoints
     from alignkit.runtime.sharding import Cluster
@@ -83,7 +86,12 @@ def run_job(job_file: Path) -> None:
     )
     if cluster.is_main and cluster.device.type == "cpu":
         warn_of_slow_threads()
-    tracker = Tracker(job.out, job.stage, cluster.is_main, _open_sink(spec, config, cluster.is_main))
+    limits = config.tracking.alerts
+    watch = Watch(limits if job.stage == "ppo" else replace(NOT_A_NUMBER, nan=limits.nan), config.kl.target)
+    sink = _open_sink(spec, config) if cluster.is_main else None
+    if cluster.is_main:
+        write_json(job.out / WANDB, sink.facts() if sink else None)
+    tracker = Tracker(job.out, job.stage, cluster.is_main, sink, watch)
     identity = {"stage": job.stage, "digest": spec["digest"], "settings": spec["config"]}
     checkpoints = Checkpoints(job.out, cluster, tracker, config.checkpoint, identity)
     code = 1
@@ -91,9 +99,13 @@ def run_job(job_file: Path) -> None:
         metrics = stage.run(job, cluster, tracker, checkpoints)
         if cluster.is_main:
             tracker.summarise(metrics)
+            tracker.hand_on(_product(spec, job.out), spec["figures"])
             write_json(job.out / "result.json", metrics)
         cluster.barrier()
         code = 0
+    except NotFinite as error:
+        tracker.alert("nan", str(error))
+        raise
     except Interrupted as end:
         if cluster.is_main:
             write_json(job.out / "logs" / "interrupted.json", {"step": end.step})
@@ -121,13 +133,14 @@ def warn_of_slow_threads() -> None:
         )
 
 
-def _open_sink(spec: dict, config, is_main: bool):
-    """The W&B run of this stage, on rank 0, unless tracking is off."""
-    if not is_main or spec["tracking_mode"] == "disabled":
+def _open_sink(spec: dict, config):
+    """The W&B run of this stage, unless tracking is off."""
+    if spec["tracking_mode"] == "disabled":
         return None
+    from alignkit.observe.artifacts import taken
     from alignkit.observe.wandb_sink import open_wandb
 
-    return open_wandb(
+    sink = open_wandb(
         config.tracking,
         mode=spec["tracking_mode"],
         folder=Path(spec["run_folder"]),  # it must not move: W&B records absolute paths
@@ -137,8 +150,33 @@ def _open_sink(spec: dict, config, is_main: bool):
         config=spec["config"],
         run_id=spec["run_id"],
         tags=[spec["recipe"], spec["stage"], *config.tracking.tags],
-        facts={"recipe": spec["recipe"], "digest": spec["digest"]},
+        facts={**spec["facts"], "recipe": spec["recipe"], "digest": spec["digest"]},
+        of_agent=spec["last"],
     )
+    if sink is not None:
+        sink.inputs(taken(spec["data"], spec["made_from"]))
+    return sink
+
+
+def _product(spec: dict, out: Path):
+    """The model that the stage has made, by the place that the launcher will give it; None if it makes none."""
+    from alignkit.observe.artifacts import model
+
+    if not (out / "model").is_dir():
+        return None
+    final = out.with_name(f"{spec['stage']}-{spec['digest']}")
+    return model(final, spec["digest"], out / "model", run=spec["run"], stage=spec["label"])
+
+
+def report_reused(spec: dict, config, figures: dict) -> None:
+    """A W&B agent waits for the run that it has begun, also where its last stage was made before: give it figures."""
+    if not (spec["last"] and os.environ.get("WANDB_SWEEP_ID")):
+        return
+    sink = _open_sink(spec, config)
+    if sink is not None:
+        with contextlib.suppress(Exception):  # W&B never stops a run
+            sink.summarise(figures)
+            sink.finish(0)
 
 
 def _quiet_libraries() -> None:

@@ -14,7 +14,7 @@ from alignkit.algo.calibration import Clusters, Estimate, rightness, share_inter
 from alignkit.algo.statistics import contrast_accuracy
 from alignkit.data.corpus import Pair, Split
 from alignkit.data.tokens import Encoder
-from alignkit.errors import TrainingError, UserError
+from alignkit.errors import NotFinite, UserError
 
 MOST_PAIRS = 20_000  # of labelled texts, paired each with each, drawn for all but the accuracy itself
 Scores = Callable[[list[list[int]]], Tensor]  # rows of ids -> [n]
@@ -145,7 +145,7 @@ def _texts(split: Split, encoder: Encoder, max_length: int, scores: Scores, seed
 
 def _finite(scores: Tensor) -> Tensor:
     if not bool(torch.isfinite(scores).all()):
-        raise TrainingError("the reward model gives scores that are not finite: lower reward_model.learning_rate")
+        raise NotFinite("the reward model gives scores that are not finite: lower reward_model.learning_rate")
     return scores.double()
 
 

@@ -21,7 +21,7 @@ from alignkit.algo.masked import whiten
 from alignkit.algo.shaping import reward_slots, shape_reward
 from alignkit.algo.types import Minibatch, Rollout, ScoredRollout, ShapedReward
 from alignkit.data.corpus import Prompt
-from alignkit.errors import Interrupted, TrainingError, UserError
+from alignkit.errors import Interrupted, NotFinite, TrainingError, UserError
 from alignkit.models.adapters import add_adapter
 from alignkit.models.loading import load_causal, model_folder, skeletons
 from alignkit.observe.metrics import reduce
@@ -33,6 +33,8 @@ from alignkit.stages.ppo_checks import check_rollout
 from alignkit.stages.ppo_looks import Looks
 from alignkit.stages.ppo_report import (
     Timers,
+    draw_histograms,
+    five_numbers,
     iteration_metrics,
     sample_rows,
     save_evidence,
@@ -41,6 +43,7 @@ from alignkit.stages.ppo_report import (
     tell_value_clip,
     tell_weights,
 )
+from alignkit.stages.ppo_stop import Stop
 from alignkit.stages.ppo_update import train_on
 from alignkit.stages.ptx import PtxBatches
 from alignkit.stages.reward_gate import check_reward_gate
@@ -55,8 +58,9 @@ if TYPE_CHECKING:
     from alignkit.stages.job import Job
 
 
-def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) -> dict[str, float]:
-    """Train the policy, save `model/`. Returns means over the last fifth of the iterations."""
+def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) -> dict[str, float | str]:
+    """Train the policy, save `model/`. Returns means over the last fifth of the iterations, what was alarming, and why
+    it was stopped early, if `ppo.stop_if` did."""
     corpus, config = prepare(job, cluster.is_main), job.config
     check_reward_gate(job, cluster.is_main)
     settings, began, told = config.ppo, time.monotonic(), False
@@ -69,28 +73,39 @@ def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) 
         tell_before(config, len(prompts))
         tell_weights(actors)
         show_example("ppo prompt", actors.encoder, prompts[0][1], [])
-    looks = Looks.open(actors, corpus, job)
+    looks, stop = Looks.open(actors, corpus, job), Stop(config, cluster, tracker)
     progress = Progress("ppo", settings.iterations, cluster.is_main, done=actors.state.iteration)
     while actors.state.iteration < settings.iterations and not out_of_patience(actors.state, settings):
         chosen = prompt_indices(actors.state.iteration * asked, asked, len(prompts), config.seed)
         batch = [prompts[i] for i in chosen.tolist() for _ in range(each)]
-        values, rows = ppo_iteration(actors, batch, ptx, job, corpus.gold)
+        try:
+            values, rows = ppo_iteration(actors, batch, ptx, job, corpus.gold)
+        except NotFinite as error:
+            stop.catch(error, actors.state.iteration)
+            break
         done = actors.state.iteration
         values["prompt_passes"] = done * asked / len(prompts)
         if looks is not None:
             values |= looks.look(actors, job)
         tracker.log(values, step=done * settings.batch)
-        if (done - 1) % settings.samples_every == 0 or done == settings.iterations:
+        stop.look(values)
+        if (done - 1) % settings.samples_every == 0 or done == settings.iterations or stop.reason:
             tracker.samples(rows[:8], step=done * settings.batch)
-        progress.update(done, f"score {values['score_mean']:.2f}  KL {values['kl']:.2f}")
+        draw_histograms(tracker, rows, done, settings)
+        progress.update(done, *five_numbers(values))
         told = told or (cluster.is_main and tell_value_clip(values, settings))
+        if stop.reason:
+            break
         save_if_asked(actors, checkpoints, config.checkpoint.every_iterations, time.monotonic() - began)
     checkpoints.finish()
     choose(actors)
     state = cluster.full_state(actors.policy)
     if cluster.is_main:
         save_policy(actors, state, job)
-    return summary_of(tracker.history(), config, seconds=time.monotonic() - began) if cluster.is_main else {}
+    if not cluster.is_main:
+        return {}
+    summary = summary_of(tracker.history(), config, seconds=time.monotonic() - began) | tracker.alerts()
+    return {**summary, "stopped": stop.reason} if stop.reason else summary
 
 
 def out_of_patience(state: PPOState, settings: PPOSettings) -> bool:
@@ -181,7 +196,7 @@ def ppo_iteration(
         if cluster.is_main:
             save_evidence(place, batch, scored, samples)
         cluster.barrier()  # every rank fails here alike; none may end before the data is on disk
-        raise TrainingError(f"iteration {state.iteration + 1}: {error}; its data is in {place}") from error
+        raise type(error)(f"iteration {state.iteration + 1}: {error}; its data is in {place}") from error
     values = iteration_metrics(rollout, scored, raw, target, entropy, samples, actors, config)
     values.update(reduce(metrics, cluster.sum, cluster.max).values(), **timers.values(int(rollout.mask.sum())))
     values.update(policy_steps=state.policy_steps - before[0], value_steps=state.value_steps - before[1])

@@ -11,7 +11,7 @@ from alignkit.algo.kl import kl_estimate
 from alignkit.algo.sampling import SamplingRule
 from alignkit.algo.sequence import last_token_index
 from alignkit.algo.types import Rollout, ScoredRollout, ShapedReward
-from alignkit.errors import TrainingError
+from alignkit.errors import NotFinite, TrainingError
 from alignkit.rollout.compiled import dtype_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def check_rollout(
 ) -> None:
     """Everything that can be checked before the update. shaped: before whitening; paid: the scores in it, [B]."""
     if not bool(torch.isfinite(scored.scores).all()):
-        raise TrainingError("score is not finite (NaN or infinity)")
+        raise NotFinite("score is not finite (NaN or infinity)")
     if config.ppo.self_checks:
         check_masks(rollout, actors.rule)
     if config.ppo.max_engine_gap is not None or config.ppo.self_checks:

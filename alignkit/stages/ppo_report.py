@@ -22,7 +22,10 @@ from alignkit.observe.tracking import write_rows
 from alignkit.stages.ppo_checks import engine_gap
 
 if TYPE_CHECKING:
+    from alignkit.observe.tracking import Tracker
     from alignkit.stages.actors import Actors
+
+HISTOGRAMS = 50
 
 
 class Timers:
@@ -93,6 +96,26 @@ def iteration_metrics(
     if samples and "gold" in samples[0]:
         values["gold_mean"] = math.fsum(row["gold"] for row in samples) / len(samples)
     return values
+
+
+def five_numbers(values: dict[str, float]) -> list[str]:
+    """What to watch while it runs, what matters most first: score, KL (and its target) in nats a sequence, entropy in
+    nats a token, tokens a response, seconds an iteration."""
+    target = f"/{values['kl_target']:g}" if "kl_target" in values else ""
+    return [
+        f"score {values['score_mean']:.2f}",
+        f"KL {values['kl']:.2f}{target}",
+        f"entropy {values['entropy']:.2f}",
+        f"length {values['response_length']:.1f}",
+        f"{values['seconds/iteration']:.2f} s/iteration",
+    ]
+
+
+def draw_histograms(tracker: Tracker, rows: list[dict], iteration: int, settings) -> None:
+    """How scores, KL and lengths are spread over the responses, at most HISTOGRAMS times in a run."""
+    if (iteration - 1) % math.ceil(settings.iterations / HISTOGRAMS) == 0:
+        spread = {name: [row[name] for row in rows] for name in ("score", "kl", "length")}
+        tracker.histograms(spread, step=iteration * settings.batch)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:

@@ -14,7 +14,7 @@ from alignkit.algo.batching import permutation
 from alignkit.algo.kl import LOG_RATIO_LIMIT, kl_loss
 from alignkit.algo.losses import aggregate, clipped_policy_loss, clipped_value_loss
 from alignkit.algo.types import Minibatch
-from alignkit.errors import TrainingError
+from alignkit.errors import NotFinite
 from alignkit.models.policy import response_logprobs
 from alignkit.observe.metrics import Max, Mean, Metrics, reduce
 from alignkit.stages.ppo_checks import check_ratio, computing_dtype
@@ -152,7 +152,7 @@ def step(actors: Actors, names: list[str], max_norm: float | None, metrics: Metr
     optimizers = {"policy": actors.policy_optimizer, "value": actors.value_optimizer}
     norm = actors.cluster.clip_gradient([models[name] for name in names], max_norm)
     if not bool(torch.isfinite(norm)):
-        raise TrainingError(f"{' and '.join(names)} gradient is not finite (NaN or infinity)")
+        raise NotFinite(f"{' and '.join(names)} gradient is not finite (NaN or infinity)")
     for name in names:
         optimizers[name].step()
         optimizers[name].zero_grad()

@@ -15,7 +15,7 @@ from alignkit.algo.calibration import Estimate, rightness, share_interval
 from alignkit.algo.statistics import contrast_accuracy
 from alignkit.data.corpus import Corpus
 from alignkit.data.tokens import Encoder
-from alignkit.errors import TrainingError, UserError
+from alignkit.errors import NotFinite, UserError
 from alignkit.observe.plot import histogram_series
 from alignkit.observe.reward_page import reward_page
 from alignkit.observe.tracking import without_nonfinite, write_report
@@ -73,7 +73,7 @@ def reference_scores(corpus: Corpus, encoder: Encoder, job: Job, scores) -> Tens
         )
     reference = scores(rows)
     if not bool(torch.isfinite(reference).all()):
-        raise TrainingError("the reward model gives scores that are not finite: lower reward_model.learning_rate")
+        raise NotFinite("the reward model gives scores that are not finite: lower reward_model.learning_rate")
     return reference
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alignkit.algo.batching import Hand
-from alignkit.errors import TrainingError
+from alignkit.errors import NotFinite, TrainingError
 from alignkit.observe.tracking import without_nonfinite
 from alignkit.reward.outside import why
 from alignkit.reward.source import Answers, CombinedSource, RewardSource
@@ -100,7 +100,7 @@ def _degraded(
         if number == 1 and cluster.is_main:
             print(f"{failure.name}: {share} and get the mean of the others (on_failure=mean); {place}; told only once")
         return torch.where(failed, scores[~failed].mean(), scores)
-    raise TrainingError(f"{failure.name}: {share}; {place}")
+    raise (TrainingError if reason else NotFinite)(f"{failure.name}: {share}; {place}")
 
 
 def _save(rows: list[tuple], scores: Tensor, out: Path) -> int:

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from alignkit.algo.schedule import Schedule
-from alignkit.schema import Count, CountOrZero, Fraction, NonNegative, Positive, Proportion, settings
+from alignkit.observe.alerts import Limits
+from alignkit.schema import Count, CountOrZero, Fraction, NonNegative, Positive, Proportion, section, settings
 
 Aggregation = Literal["token_mean", "seq_mean_token_mean"]  # as in algo/losses.py, which imports torch
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -73,7 +74,8 @@ class PPOSettings:
     loss. max_engine_gap: nats a token, mean of |log policy - log engine|,
     above which the run ends; null: by dtype, see `stages.ppo_checks`. evaluate_every: iterations between looks at
     held-out prompts under the judge, by which keep=best chooses the policy that is saved, and after `patience` of which
-    without a better one the run ends.
+    without a better one the run ends. stop_if: a run that is beyond hope ends at once, with the policy as it then is;
+    what comes after PPO still runs.
     """
 
     episodes: Count
@@ -110,6 +112,7 @@ class PPOSettings:
     evaluate_prompts: Annotated[int, Field(ge=2)]
     keep: Literal["last", "best"]
     patience: Count | None
+    stop_if: section(Limits)
     max_prompt: Count
     samples_every: Count
 

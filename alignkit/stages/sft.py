@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from alignkit.data.corpus import Demonstration, Split
 from alignkit.data.tokens import Encoder, training_texts
-from alignkit.errors import TrainingError, UserError
+from alignkit.errors import NotFinite, UserError
 from alignkit.models.adapters import attach, quantization, trainable
 from alignkit.models.loading import load_causal, make_encoder, start_policy
 from alignkit.models.settings import refuse_stacking
@@ -65,7 +65,7 @@ def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) 
     model = learnt or cluster.place(lambda: load_causal(job.out / "model"), trainable=False)
     loss = heldout_loss(model, heldout, encoder.tokenizer.pad_token_id, settings.microbatch, cluster)
     if not math.isfinite(loss):
-        raise TrainingError(f"the held-out loss is {loss}: lower sft.learning_rate={settings.learning_rate}")
+        raise NotFinite(f"the held-out loss is {loss}: lower sft.learning_rate={settings.learning_rate}")
     tracker.log({"eval_loss": loss}, step=steps)
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "train_rows": len(rows)}
 

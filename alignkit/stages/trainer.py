@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, convert_to_fp32
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from alignkit.errors import TrainingError, UserError
+from alignkit.errors import NotFinite, UserError
 from alignkit.models.loading import skeletons
 from alignkit.models.settings import PROMPT_METHODS, PeftSettings
 from alignkit.observe.progress import Progress
@@ -205,7 +205,7 @@ class ProgressCallback(TrainerCallback):
         shown = {key: value for key, value in (logs or {}).items() if key in ("loss", "accuracy")}
         if "loss" in shown and not math.isfinite(float(shown["loss"])):
             rate = f"{self.stage}.learning_rate={args.learning_rate}"
-            raise TrainingError(f"the loss is {shown['loss']} at step {state.global_step}: lower {rate}")
+            raise NotFinite(f"the loss is {shown['loss']} at step {state.global_step}: lower {rate}")
         self.note = "  ".join(f"{key} {float(value):.3f}" for key, value in shown.items()) or self.note
 
     def on_step_end(self, args, state, control, **kwargs) -> None:

@@ -76,7 +76,8 @@ def sweep_words(preset: str) -> dict[str, str]:
 def test_there_is_a_primary_for_every_recipe_and_a_group_for_every_section():
     recipes = {file.stem for file in (CONF.parent / "recipes").glob("*.py") if not file.stem.startswith("_")}
     assert set(PRIMARIES) == recipes
-    assert {file.parent.name for file in FILES if file.parent != CONF} <= {*SETTINGS, *STRATEGIES, *PRESET_FOLDERS}
+    groups = {str(file.parent.relative_to(CONF)) for file in FILES if file.parent != CONF}
+    assert groups <= {*SETTINGS, *STRATEGIES, *PRESET_FOLDERS, "hydra/launcher"}
     assert {option.partition("=")[0] for option in OPTIONS} == {*SETTINGS, *STRATEGIES} - set(STUDIES)
     assert set(TRAINS) == recipes
 
@@ -114,7 +115,8 @@ def test_every_job_of_a_sweep_passes_the_check(preset):
     for key, values in params.items():
         override = OverridesParser.create().parse_override(f"{key}={values}")
         assert override.is_sweep_override()
-        for value in override.sweep_string_iterator():
+        ends = override.is_interval_sweep() and (override.value().start, override.value().end)
+        for value in ends or override.sweep_string_iterator():
             assert isinstance(checked("rlhf", preset, f"{key}={value}"), RunConfig)
 
 

@@ -371,7 +371,7 @@ def started(monkeypatch) -> list:
     configs = []
 
     class Recorded:
-        summary, folder, products, needs_reward_model = {}, Path("runs"), {}, True
+        summary, folder, products, made, needs_reward_model = {}, Path("runs"), {}, [], True
 
         def __init__(self, recipe, config, raw, purpose, team):
             configs.append(config)

@@ -23,6 +23,7 @@ from alignkit.algo.types import Minibatch, PromptBatch
 from alignkit.models.adapters import add_adapter
 from alignkit.models.scalar import ScalarModel
 from alignkit.models.settings import PeftSettings
+from alignkit.observe.alerts import Limits
 from alignkit.observe.metrics import Metrics
 from alignkit.rollout.native import Native
 from alignkit.runtime.sharding import Cluster
@@ -83,6 +84,9 @@ class Settings:
         value_coef=1.0, entropy_coef=0.01, loss_aggregation="seq_mean_token_mean", stop_kl=1e9, max_grad_norm=0.5,
         ema=None, importance_cap=None, max_engine_gap=None, self_checks=True,
         evaluate_every=None, evaluate_prompts=4, keep="last", patience=None, max_prompt=8, samples_every=1,
+        stop_if=Limits(
+            kl_ratio=None, kl=None, entropy=None, explained_variance=None, value_loss=None, nan=False,
+        ),
     )  # fmt: skip
     ptx = PtxSettings(coef=0.5, path=None, batch=3, max_length=16)
     kl = FixedKL(coef=0.1, estimator="k3", place="loss")

@@ -120,6 +120,13 @@ def test_policy_was_trained(here):
     assert all(not before[name].equal(after[name]) for name in before)
 
 
+def test_what_dashboards_count_on_is_logged(here):
+    for stage, names in json.loads((Path(__file__).parents[1] / "logged_metrics.json").read_text()).items():
+        logged = json.loads((here / stage / "summary.json").read_text()).keys()
+        logged |= {name for row in rows(here / stage / "metrics.jsonl") for name in row}
+        assert set(names) <= logged
+
+
 def test_wandb_has_one_run_a_stage_in_one_group(here):
     runs = [OfflineRun(folder) for folder in sorted((here / "wandb").glob("offline-run-*"))]
     assert {run.run["job_type"] for run in runs} == {"sft", "reward_model", "ppo", "evaluate"}

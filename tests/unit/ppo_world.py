@@ -11,6 +11,7 @@ from alignkit.algo.control import FixedKL
 from alignkit.algo.shaping import Shaping
 from alignkit.algo.types import Minibatch
 from alignkit.models.settings import PeftSettings
+from alignkit.observe.alerts import Limits
 from alignkit.observe.metrics import Metrics
 from alignkit.reward.model import RewardModel
 from alignkit.rollout.native import Native
@@ -24,6 +25,7 @@ from alignkit.stages.settings import PPOSettings, PtxSettings
 
 ROWS, WIDTH, LENGTH = 8, 6, 5
 EXACT = "gpt_neox"  # its norms and rotary tables compute in float64 if asked to; RMS norms stay in float32
+NO_LIMITS = Limits(kl_ratio=None, kl=None, entropy=None, explained_variance=None, value_loss=None, nan=False)
 PPO = PPOSettings(
     episodes=16,
     batch=8,
@@ -59,6 +61,7 @@ PPO = PPOSettings(
     evaluate_prompts=4,
     keep="last",
     patience=None,
+    stop_if=NO_LIMITS,
     max_prompt=8,
     samples_every=1,
 )

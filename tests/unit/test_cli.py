@@ -86,7 +86,7 @@ def test_a_word_of_the_command_line_reaches_the_job(cli, jobs):
 
 
 def test_a_sweep_gives_each_job_a_name_that_says_what_it_changes(cli, jobs):
-    assert cli("rlhf", "-m", "kl.target=2.0,4.0", "name=a", "seed=1")[0] == 0
+    assert cli("rlhf", "-m", "kl.target=2.0,4.0", "name=a", "seed=1", "launch=inline")[0] == 0
     assert [(job["name"], job["kl"]["target"], job["seed"]) for job in jobs] == [
         ("a-0-kl.target=2.0", 2.0, 1),
         ("a-1-kl.target=4.0", 4.0, 1),
@@ -94,7 +94,7 @@ def test_a_sweep_gives_each_job_a_name_that_says_what_it_changes(cli, jobs):
 
 
 def test_names_of_a_sweep_without_a_name_begin_with_the_recipe_and_are_fit_for_folders(cli, jobs, tmp_path):
-    assert cli("sft", "-m", f"runs_dir={tmp_path}/a/b", "sft.learning_rate=1e-3,2e-3")[0] == 0
+    assert cli("sft", "-m", f"runs_dir={tmp_path}/a/b", "sft.learning_rate=1e-3,2e-3", "launch=inline")[0] == 0
     names = [job["name"] for job in jobs]
     assert [name.split("-")[0] for name in names] == ["sft", "sft"]
     assert [name.split("-")[3] for name in names] == ["0", "1"]  # after date and time, which the jobs share
@@ -103,7 +103,7 @@ def test_names_of_a_sweep_without_a_name_begin_with_the_recipe_and_are_fit_for_f
 
 
 def test_a_preset_can_be_a_sweep(cli, jobs):
-    assert cli("rlhf", "sweep=kl")[0] == 0
+    assert cli("rlhf", "sweep=kl", "launch=inline")[0] == 0
     targets = [job["kl"]["target"] for job in jobs]
     assert len(targets) > 1
     assert len({job["name"] for job in jobs}) == len(targets) == len(set(targets))
@@ -112,14 +112,14 @@ def test_a_preset_can_be_a_sweep(cli, jobs):
 def test_the_code_of_a_sweep_is_that_of_the_first_job_that_failed(cli, monkeypatch):
     codes = iter([0, 1, 2])
     monkeypatch.setattr(alignkit.runtime.recipe, "run_job", lambda *_: next(codes))
-    assert cli("sft", "-m", "seed=1,2,3")[0] == 1
+    assert cli("sft", "-m", "seed=1,2,3", "launch=inline")[0] == 1
     assert next(codes, None) is None
 
 
 def test_a_sweep_ends_at_a_signal(cli, monkeypatch):
     codes = iter([0, 143, 0])
     monkeypatch.setattr(alignkit.runtime.recipe, "run_job", lambda *_: next(codes))
-    assert cli("sft", "-m", "seed=1,2,3")[0] == 143
+    assert cli("sft", "-m", "seed=1,2,3", "launch=inline")[0] == 143
     assert next(codes) == 0
 
 

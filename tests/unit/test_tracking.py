@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from alignkit.observe import tracking
+from alignkit.observe.alerts import Limits
 from alignkit.observe.settings import TrackingSettings
 from alignkit.observe.tracking import STEP_KEYS, Tracker
 from alignkit.observe.trainer_callback import make_callback
@@ -320,8 +321,9 @@ def test_trainer_logs_of_other_ranks_are_not_written(tmp_path):
 def test_the_shipped_settings_are_valid(name, mode):
     values = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     assert TrackingSettings(**values) == TrackingSettings(
-        mode=mode, project="alignkit", entity=None, tags=[], notes=None
-    )
+        mode=mode, project="alignkit", entity=None, tags=[], notes=None, artifacts="reference",
+        alerts=Limits(kl_ratio=4.0, kl=100.0, entropy=0.1, explained_variance=-2.0, value_loss=20.0, nan=True),
+    )  # fmt: skip
     with pytest.raises(ValidationError, match="'auto', 'online', 'offline' or 'disabled'"):
         TrackingSettings(**{**values, "mode": "on"})
 

@@ -1,22 +1,33 @@
 """W&B runs, written offline and read back from their files. No test here needs a network or an account."""
 
+import contextlib
+import http.server
+import json
 import logging
 import math
 import os
+import socket
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from alignkit.observe import wandb_sink
+from alignkit.observe.alerts import Limits
 from alignkit.observe.settings import TrackingSettings
 from alignkit.observe.tracking import STEP_KEYS, Tracker
-from alignkit.observe.wandb_sink import decide_mode, open_wandb
+from alignkit.observe.wandb_mode import decide_mode
+from alignkit.observe.wandb_sink import open_wandb
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from offline_run import OfflineRun
 
-SETTINGS = TrackingSettings(mode="offline", project="hobby", entity="team", tags=["a", "b"], notes="a note")
+SETTINGS = TrackingSettings(
+    mode="offline", project="hobby", entity="team", tags=["a", "b"], notes="a note", artifacts="reference",
+    alerts=Limits(kl_ratio=4.0, kl=100.0, entropy=0.1, explained_variance=-2.0, value_loss=20.0, nan=True),
+)  # fmt: skip
 CONFIG = {"seed": 1, "ppo": {"kl": {"coef": 0.1}}, "policy": "runs/a/sft"}
 KEY = "0" * 40
 
@@ -32,19 +43,15 @@ def nobody_is_logged_in(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path / "here")
 
 
-def open_stage(folder: Path, stage: str = "ppo", mode: str = "offline", settings: TrackingSettings = SETTINGS):
-    return open_wandb(
-        settings,
-        mode=mode,
-        folder=folder,
-        run_name="a",
-        stage=stage,
-        label=stage,
-        config=CONFIG,
-        run_id=f"1f00-{stage}",
-        tags=["rlhf", *settings.tags],
-        facts={"recipe": "rlhf", "digest": "abc"},
-    )
+def open_stage(folder: Path, stage: str = "ppo", mode: str = "offline", settings=SETTINGS, **changes):
+    known = {
+        "config": CONFIG,
+        "run_id": f"1f00-{stage}",
+        "tags": ["rlhf", *settings.tags],
+        "facts": {"recipe": "rlhf", "digest": "abc"},
+    }
+    places = {"mode": mode, "folder": folder, "run_name": "a", "stage": stage, "label": stage}
+    return open_wandb(settings, **places, **{**known, **changes})
 
 
 def read_back(folder: Path) -> OfflineRun:
@@ -158,6 +165,110 @@ def test_a_dead_server_means_offline_and_one_line(tmp_path, monkeypatch, caplog)
     sink.log({"ppo/episodes": 1, "ppo/kl": 0.5})
     sink.finish(0)
     assert read_back(tmp_path).series("ppo/kl", "ppo/episodes") == [(1, 0.5)]
+
+
+@pytest.fixture
+def silent_server():
+    """Takes every connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken, ended = [], threading.Event()
+        server.settimeout(0.05)
+
+        def take() -> None:
+            while not ended.is_set():
+                with contextlib.suppress(TimeoutError):
+                    taken.append(server.accept()[0])
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        ended.set()
+        thread.join()
+        for connection in taken:
+            connection.close()
+
+
+def test_a_server_that_never_answers_holds_up_the_start_and_nothing_else(tmp_path, monkeypatch, caplog, silent_server):
+    monkeypatch.setattr(wandb_sink, "INIT_SECONDS", 2)
+    monkeypatch.setattr(wandb_sink, "LOGIN_SECONDS", 1)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", silent_server)
+    began = time.monotonic()
+    with caplog.at_level(logging.WARNING, logger="alignkit"):
+        tracker = Tracker(tmp_path, "ppo", is_main=True, sink=open_stage(tmp_path, mode="online"))
+    assert time.monotonic() - began < 8
+    for step in range(200):
+        began = time.monotonic()
+        tracker.log({"kl": 0.5}, step=step)
+        assert time.monotonic() - began < 1
+    tracker.close()
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("alignkit")]
+    assert len(ours) == 1 and "going on offline" in ours[0]
+    assert len(read_back(tmp_path).series("ppo/kl", "ppo/episodes")) == 200
+
+
+class Dying(http.server.BaseHTTPRequestHandler):
+    """A W&B server that takes a run and then answers no more."""
+
+    dead = threading.Event()
+
+    def log_message(self, *_) -> None: ...
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if self.dead.is_set():
+            time.sleep(30)
+        place = {"id": "p", "name": "hobby", "entity": {"id": "e", "name": "team"}}
+        run = {"id": "r", "name": "1f00-ppo", "displayName": "a/ppo", "config": "{}", "project": place}
+        data = {"model": {**place, "bucket": None}, "upsertBucket": {"bucket": run, "inserted": True}}
+        body = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_a_server_that_dies_on_the_way_slows_no_row_and_the_run_ends(tmp_path, monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dying)
+    server.daemon_threads, server.block_on_close = True, False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(wandb_sink, "FINISH_SECONDS", 1)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    sink = open_stage(tmp_path, mode="online")
+    assert sink.mode == "online"
+    Dying.dead.set()
+    tracker = Tracker(tmp_path, "ppo", is_main=True, sink=sink)
+    began = time.monotonic()
+    for step in range(500):
+        tracker.log({"kl": 0.5, "entropy": 1.0}, step=step)
+    assert time.monotonic() - began < 5
+    tracker.close()
+    assert time.monotonic() - began < 20
+    assert len(tracker.history()) == 500
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_run_starts_within_25_seconds_of_a_dead_server():
+    assert wandb_sink.INIT_SECONDS + wandb_sink.LOGIN_SECONDS <= 25
+
+
+def test_alerts_and_histograms_are_in_the_run(tmp_path):
+    tracker = Tracker(tmp_path, "ppo", is_main=True, sink=open_stage(tmp_path))
+    tracker.histograms({"score": [0.0, 1.0, 1.0], "kl": [2.0, 3.0, 4.0]}, step=64)
+    tracker.log({"kl": 1.0, "entropy": math.nan}, step=128)
+    tracker.log({"kl": math.nan}, step=192)
+    tracker.close()
+    run = read_back(tmp_path)
+    (alert,) = run.alerts
+    assert (alert["title"], alert["level"]) == ("ppo: nan", "WARN")
+    assert alert["text"] == "entropy: not finite (NaN or infinity), at ppo/episodes=128"
+    assert run.summary["ppo/alert_nan"] == alert["text"]
+    (row,) = [row for row in run.history if "ppo/score_histogram._type" in row]
+    assert row["ppo/episodes"] == 64 and sum(row["ppo/score_histogram.values"]) == 3
+    assert row["ppo/kl_histogram.bins"][0] == 2.0 and row["ppo/kl_histogram.bins"][-1] == 4.0
+    assert not [file for file in tmp_path.glob("*.jsonl") if "histogram" in file.read_text()]
 
 
 def test_a_wandb_that_cannot_be_imported_stops_nothing(tmp_path, monkeypatch, caplog):

@@ -1,0 +1,42 @@
+"""Secrets stay where they are: what looks like one is refused in settings and hidden in what leaves this machine."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+HIDDEN = "***"
+_NAMES = (
+    r"(?:\w+[_-])?(?:api[_-]?key|secret(?:[_-]key)?|password|passwd|access[_-]key|"
+    r"(?:access|auth|api|hub|bearer)[_-]token)"
+)
+SECRET_KEY = re.compile(rf"{_NAMES}|token|authorization|x-api-key", re.IGNORECASE)
+_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+@")
+_PASSED = re.compile(rf"://[^/\s@:]*:[^/\s@]+@|://\S*[?&](?:{_NAMES}|token)=", re.IGNORECASE)
+_IN_TEXT = re.compile(
+    rf"\b({_NAMES}|token|authorization)(['\"]?\s*[=:]\s*['\"]?)(?:bearer\s+)?[^\s&,'\"}}\]]+", re.IGNORECASE
+)
+
+
+def redacted(value: Any, key: str = "") -> Any:
+    """The value with *** for what is named like a secret and for user:password in addresses, at any depth."""
+    if isinstance(value, Mapping):
+        return {name: redacted(item, str(name)) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redacted(item, key) for item in value]
+    if not isinstance(value, str) or not value:
+        return value
+    if SECRET_KEY.fullmatch(key):
+        return HIDDEN
+    return _IN_TEXT.sub(rf"\1\2{HIDDEN}", _IN_URL.sub(f"{HIDDEN}@", value))
+
+
+def secrets_in(value: Any, name: str = "") -> Iterator[str]:
+    """The dotted names of settings that hold a secret, which would be written into every run's files."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from secrets_in(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from secrets_in(item, name)
+    elif isinstance(value, str) and value and (SECRET_KEY.fullmatch(name.rpartition(".")[2]) or _PASSED.search(value)):
+        yield name

@@ -1,0 +1,78 @@
+"""The launcher through which Hydra's sweepers run jobs: hydra/launcher=alignkit, the default of every recipe.
+
+Hydra takes launchers only from the namespace package `hydra_plugins`, of which this folder is a part (see compose.py).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from omegaconf import OmegaConf, open_dict
+
+from alignkit.runtime.compose import JobFailed, job_name, own_words
+from alignkit.runtime.sweep import Job
+
+
+class Ended(JobReturn):
+    """What a job returns; of one that failed the sweepers get the reason, without a further line on the terminal."""
+
+    @property
+    def return_value(self) -> Any:
+        """The objective, a tuple of several. Raises JobFailed."""
+        if isinstance(self._return_value, JobFailed):
+            raise self._return_value
+        return self._return_value
+
+    @return_value.setter
+    def return_value(self, value: Any) -> None:
+        self._return_value = value
+
+
+class SweepLauncher(Launcher):
+    """at_once, gpus: see `sweep.slots_for`. The task function has a `Sweep` as its attribute `sweep`."""
+
+    def __init__(self, at_once: int | None = None, gpus: Sequence[Any] | None = None) -> None:
+        self.at_once, self.gpus = at_once, gpus
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
+        """Keep what Hydra gives."""
+        self.config, self.context, self.task = config, hydra_context, task_function
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """Run all of these jobs; what is returned of one that failed raises JobFailed when it is looked at."""
+        sweep, jobs, returns = self.task.sweep, [], []
+        sweep.directions = directions_of(self.config.hydra.sweeper)
+        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
+            config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+            with open_dict(config):
+                config.hydra.job.id, config.hydra.job.num = str(number), number
+            HydraConfig.instance().set_config(config)
+            settings = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+            done = Ended(overrides=list(overrides), cfg=config, hydra_cfg=config, status=JobStatus.COMPLETED)
+            returns.append(done)
+            if settings.launch.inline:
+                self.task(settings)
+                done.return_value = None
+                continue
+            raw = OmegaConf.to_container(settings, resolve=True, throw_on_missing=False)
+            sweep.name = raw["name"] or sweep.name
+            raw["name"] = job_name(sweep.name, sweep.typed)
+            changes = dict(word.split("=", 1) for word in own_words(list(overrides), sweep.typed))
+            jobs.append(Job(number, raw["name"], changes, raw))
+        found = sweep.run(jobs, self.at_once, self.gpus) if jobs else []
+        bad = sum(entry["status"] != "done" for entry in found)
+        for done, entry in zip(returns, found):
+            figures = entry["objective"] or [None]
+            done.return_value = figures[0] if len(figures) == 1 else tuple(figures)
+            if entry["status"] != "done":
+                words = f"{bad} of {len(found)} jobs failed; the first: {entry['name']}: {entry['error']}"
+                done.status, done.return_value = JobStatus.FAILED, JobFailed(words, entry["code"])
+        return returns
+
+
+def directions_of(sweeper: Any) -> list[str]:
+    """Of a sweeper that optimises: minimize or maximize for each objective; of others none."""
+    asked = OmegaConf.to_container(sweeper).get("direction")
+    return [getattr(each, "name", each) for each in (asked if isinstance(asked, list) else [asked])] if asked else []
