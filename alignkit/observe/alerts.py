@@ -87,3 +87,9 @@ class Watch:
         return f"value loss of {loss:.3g} is above {limits.value_loss:g} times the first iterations' {usual:.3g}" * (
             loss > limits.value_loss * usual
         )
+
+
+def alerts_in(figures: Mapping[str, object]) -> list[str]:
+    """What the figures of a stage, named without it, say of alerts that were told and of an early end."""
+    found = [str(value) for name, value in figures.items() if name.startswith("alert_")]
+    return [*found, *([f"ended early: {figures['stopped']}"] if "stopped" in figures else [])]

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from alignkit.observe.alerts import alerts_in
 from alignkit.observe.progress import duration
 
 ROWS = (
@@ -51,6 +52,9 @@ def closing_words(summary: dict, folder: Path, stages: list[str], report: str = 
         if stage in stages and found.is_file():
             warnings = json.loads(found.read_text("utf-8"))["warnings"]
             lines += [""] * bool(warnings) + [f"{title}: warning: {text}" for text in warnings]
+    if "ppo" in stages:
+        told = {name.removeprefix("ppo/"): value for name, value in summary.items() if name.startswith("ppo/")}
+        lines += [f"PPO: warning: {text}" for text in alerts_in(told)]
     place = os.path.relpath(folder)
     place = str(folder) if place.startswith("..") else place
     last = next((s for s in ("ppo", "reward_model", "sft") if s in stages), None)

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from alignkit.observe.alerts import alerts_in
 from alignkit.observe.closing import ROWS
 from alignkit.observe.run_folder import RunFolder, StageFolder, is_number
 
@@ -94,6 +95,7 @@ def warnings(run: RunFolder) -> list[str]:
     told = []
     for stage in run.stages:
         found = [str(text) for text in stage.report.get("warnings") or ()]
+        found += alerts_in(stage.figures)
         found += [*_not_finite(stage.metrics), *_far_from_target(stage), *_over_optimised(stage)]
         told += [f"{stage.title}: {text}" for text in found]
     return told

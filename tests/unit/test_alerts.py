@@ -11,6 +11,8 @@ from stub_stage import composed
 
 from alignkit.errors import NotFinite, UserError
 from alignkit.observe.alerts import EARLY, Limits, Watch
+from alignkit.observe.closing import closing_words
+from alignkit.observe.run_report import write_run_report
 from alignkit.observe.tracking import Tracker
 from alignkit.runtime.artifact import stage_digest
 from alignkit.runtime.config import load
@@ -216,3 +218,20 @@ def test_a_fixed_coefficient_has_no_target_to_be_a_multiple_of():
         load(raw)
     raw["ppo"] |= stopping(kl=50.0)
     assert load(raw).ppo.stop_if.kl == 50.0
+
+
+def test_the_last_words_and_the_report_repeat_what_was_told(tmp_path):
+    summary = {
+        "ppo/alert_kl": "KL is 40.0, 8.0 times its target",
+        "ppo/stopped": "entropy has collapsed",
+        "ppo/kl": 40.0,
+    }
+    told = closing_words(summary, tmp_path, ["ppo"])
+    assert "PPO: warning: KL is 40.0, 8.0 times its target" in told
+    assert "PPO: warning: ended early: entropy has collapsed" in told
+    (tmp_path / "config.yaml").write_text("# alignkit ppo\n{}\n")
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "ppo").mkdir()
+    (tmp_path / "ppo" / "manifest.json").write_text(json.dumps({"stage": "ppo", "metrics": {}}))
+    page = write_run_report(tmp_path).read_text("utf-8")
+    assert "PPO: KL is 40.0, 8.0 times its target" in page and "PPO: ended early: entropy has collapsed" in page
