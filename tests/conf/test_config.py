@@ -95,7 +95,8 @@ def test_every_option_composes_and_passes_the_check(option):
     section = getattr(chosen(option), group)
     needed = {word.partition("=")[0].rpartition(f"{group}.")[2].partition(".")[0] for word in with_needs(option)[1:]}
     for key in given.keys() - {"_target_"} - needed:
-        assert getattr(section, key) == given[key]
+        value = getattr(section, key)
+        assert (dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value) == given[key]
 
 
 @pytest.mark.parametrize("primary", PRIMARIES)
@@ -146,7 +147,9 @@ def strategy_and_settings_classes() -> dict[type, str]:
     found = {}
     for option in OPTIONS:
         group = option.partition("=")[0]
-        found[type(getattr(chosen(option), group))] = group
+        found[type(section := getattr(chosen(option), group))] = group
+        inner = {value for value in vars(section).values() if dataclasses.is_dataclass(value) and group in SETTINGS}
+        found |= {type(value): type(value).__name__.lower() for value in inner}
     return found | {type(getattr(checked(study), study)): study for study in STUDIES}
 
 
