@@ -9,13 +9,14 @@ from alignkit.errors import UserError
 
 OBJECTIVES = {  # recipe -> what its jobs are compared by where `objective` says nothing
     "rlhf": "evaluate/win_rate",
-    "ppo": "ppo/score_mean",
+    "ppo": "evaluate/win_rate",
     "evaluate": "evaluate/win_rate",
     "sft": "sft/eval_loss",
     "reward_model": "reward_model/eval_accuracy",
     "bench": "bench/sequences_per_second",
 }
-LOWER_IS_BETTER = ("loss", "perplexity", "ece", "ece_after_temperature", "kl", "seconds")  # last words of a name
+LOWER_IS_BETTER = ("loss", "perplexity", "ece", "ece_after_temperature", "kl", "seconds")  # ends of names
+STAGES = {"rlhf": ("sft", "reward_model", "ppo", "evaluate"), "ppo": ("ppo", "evaluate")}  # others: the recipe's own
 SHOWN = ("evaluate/win_rate", "ppo/gold_mean", "ppo/score_mean", "ppo/kl")  # beside the objective, where there
 
 
@@ -28,7 +29,7 @@ def objectives_of(recipe: str, asked: str | Sequence[str] | None) -> list[str]:
 
 def check_objective(recipe: str, asked: str | Sequence[str] | None) -> None:
     """Raise UserError for an objective that no summary of the recipe can have."""
-    stages = ["sft", "reward_model", "ppo", "evaluate"] if recipe == "rlhf" else [recipe]
+    stages = STAGES.get(recipe, (recipe,))
     for name in objectives_of(recipe, asked) if recipe in OBJECTIVES else ():
         if name.partition("/")[0] not in (*stages, "seconds"):
             first = f"{', '.join(stages)} or seconds, as in {OBJECTIVES[recipe]}"
@@ -38,8 +39,9 @@ def check_objective(recipe: str, asked: str | Sequence[str] | None) -> None:
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether less of a figure is better, by the last word of its name: sft/eval_loss, seconds/total."""
-    return name.startswith("seconds/") or name.rpartition("/")[2].rpartition("eval_")[2] in LOWER_IS_BETTER
+    """Whether less of a figure is better, by the end of its name: sft/eval_loss, seconds/total."""
+    last = name.rpartition("/")[2]
+    return name.startswith("seconds/") or any(last == end or last.endswith(f"_{end}") for end in LOWER_IS_BETTER)
 
 
 def check_directions(names: Sequence[str], directions: Sequence[str]) -> None:

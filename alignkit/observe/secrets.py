@@ -7,11 +7,12 @@ from typing import Any
 HIDDEN = "***"
 _NAMES = (
     r"(?:\w+[_-])?(?:api[_-]?key|secret(?:[_-]key)?|password|passwd|access[_-]key|"
-    r"(?:access|auth|api|hub|bearer)[_-]token)"
+    r"passphrase|credentials?|private[_-]key|"
+    r"(?:access|auth|api|hub|bearer|hf|wandb|github|session)[_-]token)"
 )
 SECRET_KEY = re.compile(rf"{_NAMES}|token|authorization|x-api-key", re.IGNORECASE)
 _IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+@")
-_PASSED = re.compile(rf"://[^/\s@:]*:[^/\s@]+@|://\S*[?&](?:{_NAMES}|token)=", re.IGNORECASE)
+_PASSED = re.compile(rf"://[^/\s@:]*:[^/\s@]+@|://\S*[?&](?:{_NAMES}|token|key|sig|x-amz-signature)=", re.IGNORECASE)
 _IN_TEXT = re.compile(
     rf"\b({_NAMES}|token|authorization)(['\"]?\s*[=:]\s*['\"]?)(?:bearer\s+)?[^\s&,'\"}}\]]+", re.IGNORECASE
 )

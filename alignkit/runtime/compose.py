@@ -17,6 +17,8 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from alignkit.errors import UserError
 from alignkit.runtime.config import REFUSED, conf_dir
 from alignkit.runtime.sweep import Sweep
+from alignkit.runtime.sweep_logs import sweep_figures
 
 STAMP = time.strftime("%Y%m%d-%H%M%S")  # of this process: the jobs of one sweep share it
 HERE = secrets.token_hex(8)  # this process, by which a job knows that it was sent to another one
@@ -38,12 +41,13 @@ class JobFailed(Exception):
 
 
 def compose_and_call(
-    conf: Path, name: str, call: Callable[[dict[str, Any]], int], check: Callable[[dict[str, Any]], None]
+    conf: Path, name: str, call: Callable[[dict[str, Any]], int], check: Callable[[dict[str, Any]], str] | None = None
 ) -> int:
     """Compose conf/<name>.yaml with sys.argv and call `call` with the plain settings; returns its exit code.
 
-    The jobs of a sweep (-m) are run by `sweep.Sweep`, which checks them all first. With launch.inline=true or another
-    launcher of Hydra's each is `call`ed: jobs go on after one has failed, but not after a signal (codes from 128 on).
+    The jobs of a sweep (-m) are run by `sweep.Sweep`, which checks them all first. Without `check`, with
+    launch.inline=true or with another launcher of Hydra's each is `call`ed: jobs go on after one has failed, but not
+    after a signal (codes from 128 on).
     Of jobs in other processes (also submitit's) the first that failed is raised as JobFailed once all have ended.
     """
     sys.path.insert(0, os.getcwd())  # for the user's own strategies, as `python -m` would
@@ -53,27 +57,32 @@ def compose_and_call(
     faults: list[OmegaConfBaseException] = []
     here, stamp, typed = HERE, STAMP, list(sys.argv)  # as they are now: another process has others
 
-    def task(composed) -> None:
+    def task(composed) -> float | tuple[float, ...] | None:
         if faults or any(code >= 128 for code in codes):
-            return
+            return None
         try:
             raw = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
         except OmegaConfBaseException as error:  # raised from here, Hydra would print a line of its own
             if not _is_here(here):
                 raise JobFailed(" ".join(str(error).split()), 2) from None
             faults.append(error)
-            return
+            return None
         if HydraConfig.get().mode is not None and HydraConfig.get().mode.name == "MULTIRUN":
             raw["name"] = job_name(raw["name"] or f"{name}-{stamp}", typed)
         codes.append(call(raw) if _is_here(here) else _call_elsewhere(call, raw))
+        return sweep_figures(name, raw) if check and not codes[-1] else None
 
     task.sweep = sweep = Sweep(name, typed, f"{name}-{stamp}", check)  # for the launcher
-    sys.path.append(str(Path(__file__).with_name("plugins")))  # for the launcher `alignkit`
+    _register_launcher()
     if other := [word.partition("=")[2] for word in typed if word.startswith("hydra/launcher=")]:
         print(f"the jobs are run by {other[-1]}, and what they say is in its logs (RUNS_DIR/.sweeps)", flush=True)
     try:
         hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(task)()
     except Exception as error:
+        if isinstance(error, ValueError) and sweep.failure:  # Optuna, where no job has ended well
+            raise JobFailed(*sweep.failure) from None
+        if isinstance(error, PermissionError) and error.filename:
+            raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
         if isinstance(error, ValueError) and "Config group override" in str(error):
             raise HydraException(_not_an_option(conf)) from error
         if type(error).__module__.startswith("submitit."):  # killed by Slurm, say
@@ -85,7 +94,19 @@ def compose_and_call(
             os.environ.pop("HYDRA_FULL_ERROR", None)
     if faults:
         raise faults[0]
+    if sweep.failure:
+        raise JobFailed(*sweep.failure)
     return next((code for code in codes if code), 0)
+
+
+def _register_launcher() -> None:
+    """Make plugins/hydra_plugins a part of the namespace package in which Hydra looks, also if it has looked before."""
+    place = str(Path(__file__).with_name("plugins"))
+    if place not in sys.path:
+        sys.path.append(place)
+    from hydra_plugins.alignkit import SweepLauncher
+
+    Plugins.instance().register(SweepLauncher)
 
 
 def _is_here(process: str) -> bool:
@@ -111,13 +132,18 @@ def job_name(base: str, typed: list[str]) -> str:
     words that all jobs share."""
     changed = own_words(list(HydraConfig.get().overrides.task), typed)
     words = re.sub(r"[^A-Za-z0-9_.=,+-]", "_", ",".join(changed))
-    return f"{base}-{HydraConfig.get().job.num}-{words}"[:120].rstrip("-")
+    return f"{base[:80]}-{HydraConfig.get().job.num}-{words}"[:120].rstrip("-")
 
 
 def own_words(words: list[str], typed: list[str]) -> list[str]:
-    """The words of a job that were not typed for all; Hydra quotes and escapes some of them."""
-    shared, plain = ([re.sub(r"['\\]", "", word) for word in each] for each in (typed, words))
-    return [word for word in plain if word not in shared and not word.startswith(("name=", "hydra"))]
+    """The words of a job whose settings were not typed with one value for all; without quotes and escapes."""
+    parser, fixed = OverridesParser.create(), {"name"}
+    for word in typed[1:]:
+        with contextlib.suppress(HydraException):
+            override = parser.parse_override(word)
+            fixed |= set() if override.is_sweep_override() else {override.get_key_element()}
+    plain = [re.sub(r"['\\]", "", word) for word in words]
+    return [word for word in plain if word.partition("=")[0] not in fixed and not word.startswith("hydra")]
 
 
 def explain(error: Exception, conf: Path, name: str) -> str:

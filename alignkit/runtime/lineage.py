@@ -30,10 +30,12 @@ GIT_SECONDS = 5
 
 
 def facts_of_work() -> dict[str, Any]:
-    """alignkit's version, the command line without secrets, and the commit of the working folder (none without git)."""
+    """alignkit's version, the command line without secrets, the sweep that this is a job of, and the commit of the
+    working folder (none without git)."""
     program, *words = sys.argv
     command = " ".join([program, *map(shlex.quote, words)])
-    return {"version": __version__, "command": redacted(command), **_git()}
+    sweep = {"sweep": name} if (name := os.environ.get("ALIGNKIT_SWEEP")) else {}
+    return {"version": __version__, "command": redacted(command), **sweep, **_git()}
 
 
 def _git() -> dict[str, Any]:

@@ -116,13 +116,22 @@ def checked(name: str, raw: dict) -> RunConfig:
         refuse_in_ppo(config.peft)
     if len(TRAINS[name]) > 1:
         refuse_thin_chain(config.peft)
-    check_objective(name, config.objective)
     return config
 
 
-def check_job(name: str, raw: dict) -> None:
-    """All that can be known before a run is begun, its data included. Raises UserError for what is wrong."""
-    Run(name, checked(name, with_outer(raw)), raw)
+def check_job(name: str, raw: dict) -> str:
+    """All that can be known of a sweep's job before it is begun, its data and models included; gives the fingerprint of
+    its data. Raises UserError for what is wrong."""
+    config = checked(name, with_outer(raw))
+    check_objective(name, config.objective)
+    run = Run(name, config, raw)
+    if name == "ppo":
+        run.given("policy")
+        if run.needs_reward_model:
+            run.given("reward.path")
+    if name == "reward_model":
+        run.start()
+    return run.spec.data
 
 
 def _what_is_left(run: Run | None, saved: str) -> str:

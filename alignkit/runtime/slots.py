@@ -11,6 +11,10 @@ from alignkit.errors import UserError
 def slots_for(processes: int, at_once: int | None, gpus: Sequence[int | str] | None) -> list[dict[str, str]]:
     """The environment of each job that runs beside others: its GPUs, `processes` of them; without GPUs its share of the
     cores. at_once: None: as many as the GPUs serve, on a CPU 1. Raises UserError for more jobs than there are GPUs."""
+    if at_once is not None and (not isinstance(at_once, int) or at_once < 1):
+        raise UserError(f"hydra.launcher.at_once={at_once}: expected a number of jobs, 1 or more, or null")
+    if isinstance(gpus, str | int):
+        raise UserError(f"hydra.launcher.gpus={gpus}: expected a list, as in hydra.launcher.gpus=[{gpus}]")
     devices = [str(gpu) for gpu in (gpus if gpus is not None else visible_gpus())]
     room = len(devices) // processes
     if devices and (at_once or 1) > room:

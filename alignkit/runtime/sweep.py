@@ -5,13 +5,13 @@ Hydra's sweepers (its own, Optuna's) say which jobs there are and hand them to `
 a job says goes to its log; here stand a line when it starts, one when it ends, and at last the leaderboard.
 RUNS_DIR/.sweeps/NAME holds all of it: N.yaml and N.log of each job, leaderboard.json and report.html.
 
-    python -m alignkit.runtime.sweep N.yaml       # what each process runs
+    python -m alignkit.runtime.sweep_job N.yaml       # what each process runs
 """
 
+import fcntl
 import json
 import os
-import runpy
-import shutil
+import shlex
 import signal
 import subprocess
 import sys
@@ -35,10 +35,9 @@ from alignkit.observe.leaderboard import (
 )
 from alignkit.observe.progress import duration
 from alignkit.runtime.artifact import write_json, write_whole
-from alignkit.runtime.config import conf_dir
-from alignkit.runtime.group import die_with_parent
 from alignkit.runtime.signals import Noted, Stopped, signals_to
-from alignkit.runtime.slots import slots_for, take_cores
+from alignkit.runtime.slots import slots_for
+from alignkit.runtime.sweep_logs import last_error, show, summary_of
 
 POLL = 0.2  # seconds between looks at what runs
 STOPPED = {sign * number + base for number in (1, 2, 15) for sign, base in ((1, 128), (-1, 0))}  # codes after a signal
@@ -60,32 +59,32 @@ class Job:
 
 
 class Sweep:
-    """The jobs of one command line. typed: its words; name: of the sweep, where the settings give none; check: raises
-    UserError for settings that cannot be run."""
+    """The jobs of one command line. typed: its words; name: of the sweep, where the settings give none; check: gives
+    the fingerprint of a job's data, and raises UserError for settings that cannot be run."""
 
-    def __init__(self, recipe: str, typed: list[str], name: str, check: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, recipe: str, typed: list[str], name: str, check: Callable[[dict[str, Any]], str] | None) -> None:
         self.recipe, self.typed, self.name, self.check = recipe, typed, name, check
         self.directions: list[str] = []  # in which an optimising sweeper goes, one for each objective
         self.entries: dict[int, dict[str, Any]] = {}  # number -> what leaderboard.json says of it
-        self.began = time.monotonic()
+        self.began, self.lock = time.monotonic(), None
 
     def run(self, jobs: Sequence[Job], at_once: int | None, gpus: Sequence[int | str] | None) -> list[dict[str, Any]]:
         """Run jobs to their ends, and return what the leaderboard says of each. A job that has failed does not stop the
         others. Raises UserError before any starts if one of them cannot be run, Stopped after a signal."""
-        self._check_all(jobs)
-        slots = slots_for(jobs[0].raw["launch"]["processes"], at_once, gpus)
+        data = self._check_all(jobs, at_once or 1)
+        slots = slots_for(max(job.raw["launch"]["processes"] for job in jobs), at_once, gpus)
         self.objective = objectives_of(self.recipe, jobs[0].raw.get("objective"))
         if self.directions:
             check_directions(self.objective, self.directions)
         self.folder = Path(jobs[0].raw["runs_dir"]).absolute() / ".sweeps" / self.name
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._claim()
         before = self._entries_on_disk()
         waiting, running = [], {}
         for job in jobs:
-            self.entries[job.number] = self._entry(job)
+            self.entries[job.number] = self._entry(job) | {"data": data[job.number]}
             text = f"# alignkit {self.recipe}\n{yaml.safe_dump(job.raw, sort_keys=False, allow_unicode=True)}"
             file, old = self.folder / f"{job.number}.yaml", before.get(job.number, {})
-            same = file.is_file() and file.read_text("utf-8") == text
+            same = file.is_file() and file.read_text("utf-8") == text and old.get("data") == data[job.number]
             if same and old.get("status") == "done" and not job.raw["force"] and Path(old["run"]).is_dir():
                 self.entries[job.number] = old
                 _say(f"[{job.number}] {job.words}: done before{self._figures(old)}")
@@ -102,15 +101,50 @@ class Sweep:
             raise Stopped(noted.number, f"finished jobs are kept; {again}")
         return [self.entries[job.number] for job in jobs]
 
-    def _check_all(self, jobs: Sequence[Job]) -> None:
-        faults = []
+    def _check_all(self, jobs: Sequence[Job], at_once: int) -> dict[int, str]:
+        """The fingerprint of each job's data. Raises UserError with what is wrong in any of them."""
+        faults, data = [], {}
         for job in jobs:
             try:
-                self.check(job.raw)
+                data[job.number] = self.check(job.raw)
+                if job.raw["launch"]["machines"] > 1:
+                    raise UserError(
+                        "launch.machines: the jobs of a sweep run on one machine; hydra/launcher=submitit_slurm gives "
+                        "each job machines of its own"
+                    )
+                if job.raw["force"] and at_once > 1:
+                    raise UserError(
+                        "force=true: jobs that run at once would replace the SFT and reward model that they share; set "
+                        "hydra.launcher.at_once=1"
+                    )
             except UserError as error:
                 faults += [f"job {job.number} ({job.words}): {line}" for line in str(error).splitlines()]
         if faults:
             raise UserError("\n".join([*faults, f"none of the {len(jobs)} jobs was started"]))
+        return data
+
+    def _claim(self) -> None:
+        """Make the sweep's folder, and hold it until this process ends."""
+        if self.lock:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock, shown = None, _shown(self.folder)
+            raise UserError(
+                f"name={self.name}: another process runs the sweep in {shown}; choose another name=..."
+            ) from None
+
+    @property
+    def failure(self) -> tuple[str, int] | None:
+        """What there is to say of jobs that failed, and the exit code of the first; None if none did."""
+        bad = [entry for _, entry in sorted(self.entries.items()) if entry["status"] in ("failed", "stopped")]
+        if not bad:
+            return None
+        first = f"the first: {bad[0]['name']}: {bad[0]['error']}"
+        return f"{len(bad)} of {len(self.entries)} jobs failed; {first}", bad[0]["code"]
 
     def _work(self, waiting: list[Job], running: dict, slots: list[dict[str, str]], noted: Noted) -> None:
         """Keep every slot busy until all jobs have ended; after a signal, which each job gets too, start no more."""
@@ -124,7 +158,7 @@ class Sweep:
                     _tell(running, signal.SIGTERM)
                     told += 1
                 time.sleep(POLL)
-                _show(running)
+                show(running)
                 for job, process, log, began, slot in [r for r in running.values() if r[1].poll() is not None]:
                     del running[job.number]
                     slots.append(slot)
@@ -144,7 +178,10 @@ class Sweep:
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
         process = subprocess.Popen(
             command(self.folder / f"{job.number}.yaml"),
-            env={**os.environ, **slot, "PYTHONPATH": path, "ALIGNKIT_PARENT": str(os.getpid())},
+            env={
+                **os.environ, **slot, "PYTHONPATH": path, "ALIGNKIT_PARENT": str(os.getpid()),
+                "ALIGNKIT_COMMAND": shlex.join(self.typed), "ALIGNKIT_SWEEP": self.name,
+            },
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         self.entries[job.number]["status"] = "running"
@@ -156,10 +193,12 @@ class Sweep:
         """Take down how a job ended, tell it, and write the leaderboard anew."""
         entry = self.entries[job.number]
         log = Path(entry["log"])
-        entry |= {"seconds": round(seconds, 1), "summary": _summary(Path(entry["run"])), "status": "done"}
+        entry |= {"seconds": round(seconds, 1), "summary": summary_of(Path(entry["run"])), "status": "done"}
         try:
+            if code < 0:
+                raise UserError(f"killed by {signal.Signals(-code).name}")
             if code:
-                raise UserError(_last_error(log) or f"ended with code {code}")
+                raise UserError(last_error(log) or f"ended with code {code}")
             entry["objective"] = objective_values(entry["summary"], self.objective)
         except UserError as error:
             entry |= {"status": "stopped" if code in STOPPED else "failed", "error": str(error), "code": code or 2}
@@ -206,6 +245,8 @@ class Sweep:
 
     def close(self) -> None:
         """The last words, once the sweeper has no more jobs: the leaderboard, here and as a page."""
+        if self.lock:
+            self.lock.close()
         if not self.entries:
             return
         from alignkit.observe.sweep_report import write_sweep_report
@@ -217,7 +258,7 @@ class Sweep:
 
 def command(file: Path) -> list[str]:
     """What runs the job of a file."""
-    return [sys.executable, "-m", "alignkit.runtime.sweep", str(file)]
+    return [sys.executable, "-m", "alignkit.runtime.sweep_job", str(file)]
 
 
 def _tell(running: dict, number: int) -> None:
@@ -228,60 +269,11 @@ def _tell(running: dict, number: int) -> None:
                 entry[1].send_signal(number)
 
 
-def _show(running: dict) -> None:
-    """In a terminal one line, rewritten: what each running job said last."""
-    if not sys.stdout.isatty():
-        return
-    each = max((shutil.get_terminal_size().columns - 1) // max(len(running), 1) - 2, 20)
-    parts = [f"[{number}] {_last_line(Path(entry[2].name))}"[:each].ljust(each) for number, entry in running.items()]
-    print(f"\r\x1b[K{'  '.join(parts)}", end="", flush=True)
-
-
-def _last_line(log: Path) -> str:
-    """The last line that is not empty, of the last kilobyte."""
-    with suppress(OSError), log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 1024))
-        lines = file.read().decode("utf-8", "replace").replace("\r", "\n").splitlines()
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return ""
-
-
-def _summary(run: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        return json.loads((run / "summary.json").read_text("utf-8"))
-    return {}
-
-
-def _last_error(log: Path) -> str:
-    """The last error that a job told, else the last line that it said."""
-    lines = log.read_text("utf-8", "replace").splitlines()
-    told = (line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: "))
-    return next(told, "") or _last_line(log)
-
-
 def _shown(path: Path) -> str:
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
 
 def _say(text: str) -> None:
-    print(f"\r\x1b[K{text}" if sys.stdout.isatty() else text, flush=True)
-
-
-def main() -> None:
-    """Run the job whose settings the file holds, and exit as it does."""
-    die_with_parent(signal.SIGTERM)
-    take_cores()
-    from alignkit.runtime.recipe import run_job
-
-    sys.path.insert(0, os.getcwd())  # for the user's own strategies
-    text = Path(sys.argv[1]).read_text("utf-8")
-    recipe = text.partition("\n")[0].removeprefix("# alignkit ")
-    chain = runpy.run_path(str(conf_dir().parent / "recipes" / f"{recipe}.py"), run_name="alignkit.recipe")[
-        "main"
-    ].chain
-    sys.exit(run_job(recipe, chain, yaml.safe_load(text)))
-
-
-if __name__ == "__main__":
-    main()
+    with suppress(BrokenPipeError):  # `| head`: the jobs go on
+        print(f"\r\x1b[K{text}" if sys.stdout.isatty() else text, flush=True)

@@ -33,14 +33,14 @@ def sync_command(words: list[str]) -> int:
 def find(word: str) -> Path:
     """The folder of a run that a person has named. Raises UserError."""
     folder = next((place for place in (Path(word).expanduser(), Path("runs") / word) if place.is_dir()), None)
-    if folder is None or not (folder / lineage.FILE).is_file():
-        raise UserError(f"sync: '{word}' is not the folder of a run: it holds no {lineage.FILE}")
+    if folder is None or not ((folder / lineage.FILE).is_file() or (folder / "wandb").is_dir()):
+        raise UserError(f"sync: '{word}' is not the folder of a run: it holds neither {lineage.FILE} nor wandb/")
     return folder.resolve()
 
 
 def sync(folder: Path) -> Iterator[str]:
     """Send a run's offline parts, then draw the lines. Yields what went wrong, in words."""
-    known = lineage.read(folder)
+    known, rest = lineage.read(folder), set((folder / "wandb").glob("offline-run-*"))
     for label, stage in known.get("stages", {}).items():
         run = stage["wandb"]
         if run is None:
@@ -49,6 +49,7 @@ def sync(folder: Path) -> Iterator[str]:
             print(f"{label}: made by another run, which has its own W&B run {run['id']}", flush=True)
             continue
         parts = sorted((folder / "wandb").glob(f"offline-run-*-{run['id']}"))
+        rest -= set(parts)
         if parts and not send(parts):
             yield f"{label}: `wandb sync` failed; is there an API key (`wandb login`), and a network?"
             continue
@@ -57,6 +58,10 @@ def sync(folder: Path) -> Iterator[str]:
             yield f"{label}: {fault}"
         else:
             print(f"{label}: W&B run {run['id']}, {len(parts)} offline part(s) sent, its lineage is drawn", flush=True)
+    if rest and send(sorted(rest)):  # of a stage that failed or was interrupted: it has no product, and so no lineage
+        print(f"{len(rest)} offline part(s) of stages that did not end sent", flush=True)
+    elif rest:
+        yield "stages that did not end: `wandb sync` failed"
 
 
 def send(parts: list[Path]) -> bool:

@@ -1,5 +1,6 @@
 """A sweep through the command line, with a stub for what each job runs: order, slots, failures, resuming, signals."""
 
+import fcntl
 import json
 import os
 import signal
@@ -141,6 +142,44 @@ def test_several_run_at_once_each_on_its_own_cores_or_gpus(cli, monkeypatch):
     assert {job["CUDA_VISIBLE_DEVICES"] for job in told()[2:]} == {"5", "7"}
 
 
+def test_what_a_sweep_cannot_do_is_said_before_a_job_starts(cli, tmp_path):
+    code, _, err = cli(*WORDS, "seed=1,2", "force=true", "hydra.launcher.at_once=2")
+    assert code == 2 and "set hydra.launcher.at_once=1" in err
+    code, _, err = cli(*WORDS, "seed=1,2", "launch.machines=2", "launch.rendezvous=localhost:29400")
+    assert code == 2 and "the jobs of a sweep run on one machine" in err
+    code, _, err = cli(*WORDS, "seed=1,2", "hydra.launcher.gpus=2")
+    assert code == 2 and "expected a list, as in hydra.launcher.gpus=[2]" in err
+    code, _, err = cli("ppo", "-m", "seed=1,2", "policy=nowhere", "reward.path=nowhere")
+    assert code == 2 and "job 0 (seed=1): 'nowhere' does not exist" in err
+    assert not told() and not Path("runs").exists(), "Hydra's own copy of the settings is gone too"
+    assert cli(*WORDS, "seed=1")[0] == 0
+    (tmp_path / "runs/.sweeps/a/.lock").touch()
+    with (tmp_path / "runs/.sweeps/a/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, err = cli(*WORDS, "seed=1")
+    assert code == 2 and "name=a: another process runs the sweep in runs/.sweeps/a" in err
+
+
+def test_data_that_has_changed_since_makes_a_job_run_again(cli, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    text = "".join(json.dumps({"prompt": f"p{i}", "response": f"r{i}"}) + "\n" for i in range(40))
+    rows.write_text(text)
+    words = (*WORDS, "data=jsonl", f"data.path={rows}", "seed=1")
+    assert cli(*words)[0] == 0 and cli(*words)[0] == 0 and len(told()) == 1
+    rows.write_text(text.replace("r39", "other"))
+    assert cli(*words)[0] == 0 and len(told()) == 2
+
+
+def test_a_job_that_is_killed_says_so_and_long_names_keep_their_numbers(cli, tmp_path):
+    (tmp_path / "stub.py").write_text("import os, signal\nprint('sft 3/9')\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    code, out, _ = cli("sft", "-m", f"name={'n' * 130}", "seed=1,2")
+    assert code == -9 % 256 or code == -9
+    assert "[0] seed=1: FAILED: killed by SIGKILL" in out
+    names = [path.name for path in Path("runs/.sweeps").iterdir()]
+    assert names == ["n" * 130]
+    assert {job["name"] for job in board("n" * 130)["jobs"]} == {f"{'n' * 80}-{i}-seed={i + 1}" for i in (0, 1)}
+
+
 def test_gpus_are_dealt_by_the_processes_of_a_job(monkeypatch):
     assert slots_for(2, None, [0, 1, 2, 3, 4]) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
     with pytest.raises(UserError, match=r"at_once=3 jobs with launch.processes=2 need 6 GPUs; there are 4"):
@@ -167,6 +206,9 @@ def test_optuna_is_given_the_objective_and_looks_in_its_direction(cli):
     space = ("sft.learning_rate=interval(1e-3,6e-3)", "hydra.sweeper.sampler.seed=1")
     code, _, err = cli(*words, *space, "hydra.sweeper.direction=maximize")
     assert code == 2 and "set hydra.sweeper.direction=minimize" in err and not told()
+    worst = cli(*words, "sft.learning_rate=choice(0.5,0.5)", "hydra.sweeper.max_failure_rate=1.0")
+    assert worst[0] == 1 and "6 of 6 jobs failed; the first: a-0" in worst[2] and "Traceback" not in worst[2]
+    Path("told.jsonl").unlink()
     code, out, _ = cli(*words, *space)
     assert code == 0 and len(told()) == 6 and [job["number"] for job in board()["jobs"]] != [0, 1, 2, 3, 4, 5]
     best = yaml.safe_load(Path("runs/.sweeps/optimization_results.yaml").read_text())

@@ -4,6 +4,8 @@ Hydra takes launchers only from the namespace package `hydra_plugins`, of which 
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -11,6 +13,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf, open_dict
 
+from alignkit.errors import UserError
 from alignkit.runtime.compose import JobFailed, job_name, own_words
 from alignkit.runtime.sweep import Job
 
@@ -42,6 +45,8 @@ class SweepLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run all of these jobs; what is returned of one that failed raises JobFailed when it is looked at."""
+        # Hydra's own sweeper has written all settings there before anything was checked; N.yaml holds them.
+        (Path(self.config.hydra.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
         sweep, jobs, returns = self.task.sweep, [], []
         sweep.directions = directions_of(self.config.hydra.sweeper)
         for number, overrides in enumerate(job_overrides, start=initial_job_idx):
@@ -52,24 +57,30 @@ class SweepLauncher(Launcher):
             settings = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
             done = Ended(overrides=list(overrides), cfg=config, hydra_cfg=config, status=JobStatus.COMPLETED)
             returns.append(done)
-            if settings.launch.inline:
-                self.task(settings)
-                done.return_value = None
+            if settings.launch.inline or sweep.check is None:
+                done.return_value = self.task(settings)
                 continue
             raw = OmegaConf.to_container(settings, resolve=True, throw_on_missing=False)
             sweep.name = raw["name"] or sweep.name
             raw["name"] = job_name(sweep.name, sweep.typed)
             changes = dict(word.split("=", 1) for word in own_words(list(overrides), sweep.typed))
             jobs.append(Job(number, raw["name"], changes, raw))
-        found = sweep.run(jobs, self.at_once, self.gpus) if jobs else []
-        bad = sum(entry["status"] != "done" for entry in found)
+        self._run(jobs, returns)
+        return returns
+
+    def _run(self, jobs: list[Job], returns: list[JobReturn]) -> None:
+        try:
+            found = self.task.sweep.run(jobs, self.at_once, self.gpus) if jobs else []
+        except UserError:
+            for folder in (Path(self.config.hydra.sweep.dir), Path(self.config.hydra.sweep.dir).parent):
+                with suppress(OSError):  # which Hydra made; not if there is something in it
+                    folder.rmdir()
+            raise
         for done, entry in zip(returns, found):
             figures = entry["objective"] or [None]
             done.return_value = figures[0] if len(figures) == 1 else tuple(figures)
             if entry["status"] != "done":
-                words = f"{bad} of {len(found)} jobs failed; the first: {entry['name']}: {entry['error']}"
-                done.status, done.return_value = JobStatus.FAILED, JobFailed(words, entry["code"])
-        return returns
+                done.status, done.return_value = JobStatus.FAILED, JobFailed(*self.task.sweep.failure)
 
 
 def directions_of(sweeper: Any) -> list[str]:
