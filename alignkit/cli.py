@@ -67,7 +67,7 @@ def main() -> None:
 
         sys.exit(resume(words[1:], recipes))
     if name == "report":
-        from alignkit.runtime.report_run import report_command
+        from alignkit.runtime.report_command import report_command
 
         sys.exit(report_command(words[1:], recipes))
     if name == "evaluate":

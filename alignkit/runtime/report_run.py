@@ -1,4 +1,4 @@
-"""The report of a run: written at its end whatever the outcome, and once more by `alignkit report RUN`."""
+"""The report of a run, written at its end whatever the outcome."""
 
 import importlib.metadata
 import os
@@ -8,10 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from alignkit.errors import UserError
 from alignkit.observe.run_folder import ENDED
 from alignkit.observe.run_report import Change, write_run_report
-from alignkit.observe.sweep_report import LEADERBOARD, write_sweep_report
 from alignkit.runtime.artifact import write_json
 from alignkit.runtime.config import conf_dir
 
@@ -31,32 +29,6 @@ def report_at_end(folder: Path, recipe: str, raw: Mapping[str, Any], error: str)
     except Exception as failed:
         return f"no report.html of {shown} could be written: {type(failed).__name__}: {failed}"
     return f"report in {shown}/report.html"
-
-
-def report_command(words: list[str], recipes: Mapping[str, Path]) -> int:
-    """`alignkit report RUN`: write the report of a run or of a sweep anew and print its path. Returns the exit code."""
-    from alignkit.runtime.recipe import report
-
-    try:
-        if len(words) != 1 or words[0].startswith("-"):
-            raise UserError("report: of which run? give its folder, or a sweep's, as in alignkit report runs/NAME")
-        print(_anew(words, recipes))
-    except UserError as error:
-        return report(str(error), 2)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # of leaderboard.json, say
-        return report(f"report: {error}", 1)
-    return 0
-
-
-def _anew(words: list[str], recipes: Mapping[str, Path]) -> Path:
-    from alignkit.runtime.resume import read_run
-
-    given = Path(words[0]).expanduser()
-    for folder in (given, Path("runs", words[0]), Path("runs", ".sweeps", words[0])):
-        if (folder / LEADERBOARD).is_file():
-            return write_sweep_report(folder)
-    recipe, raw = read_run(words, recipes, "report")
-    return write_run_report(Path(raw["runs_dir"]) / raw["name"], None, changes(recipe, raw))
 
 
 def changes(recipe: str, raw: Mapping[str, Any]) -> list[Change]:
