@@ -61,7 +61,7 @@ def test_at_the_optimum_nothing_is_left_to_learn(exact):
         assert float(advantages.abs().max()) <= 1e-5, strategy
 
 
-@pytest.mark.parametrize("engine", ["native", "compiled"])
+@pytest.mark.parametrize("engine", ["native", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_ppo_comes_near_the_optimum(engine):
     """One seed, beta 0.5, 60 iterations of 256 episodes, 8 steps on each so that the clip has work to do.
 
