@@ -87,7 +87,8 @@ def wandb_run(product: Path) -> dict[str, str] | None:
 
 def add_stage(folder: Path, facts: Mapping[str, Any], job: Mapping[str, Any], product: Artifact, reused: bool) -> None:
     """Put a stage into the lineage.json of the run in `folder`. facts: of the run; job: what the stage was told."""
-    known = read(folder) | {"run": job["run"], "recipe": job["recipe"], **facts}
+    # What began the run stays, also where it is resumed or evaluated once more.
+    known = {"run": job["run"], "recipe": job["recipe"], **facts, **read(folder)}
     known.setdefault("stages", {})[job["label"]] = {
         "stage": job["stage"],
         "digest": product.digest,
