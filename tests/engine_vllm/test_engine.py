@@ -112,7 +112,7 @@ def test_the_check_sees_a_weight_that_was_not_handed_over(name, part, tiny_polic
     move(model)
     whole = vllm.whole_weights
     monkeypatch.setattr(vllm, "whole_weights", lambda model: (pair for pair in whole(model) if part not in pair[0]))
-    assert difference(model) > 1e-3
+    assert not difference(model) <= 1e-3, "a weight that nobody has written may hold anything, NaN too"
     monkeypatch.undo()
     assert difference(model) < 1e-4
 

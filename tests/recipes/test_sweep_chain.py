@@ -11,7 +11,7 @@ from test_processes import WORDS
 
 @pytest.mark.slow
 def test_two_jobs_at_once_share_what_comes_before_ppo(tmp_path):
-    words = ["rlhf", "-m", "kl.target=2.0,8.0", "name=a", "hydra.launcher.at_once=2", "tracking=none", *WORDS]
+    words = ["rlhf", "-m", "ppo.learning_rate=1e-3,2e-3", "name=a", "hydra.launcher.at_once=2", "tracking=none", *WORDS]
     command = [sys.executable, "-c", "from alignkit.cli import main; main()", *words]
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -21,6 +21,6 @@ def test_two_jobs_at_once_share_what_comes_before_ppo(tmp_path):
     assert stages == ["evaluate", "evaluate", "ppo", "ppo", "reward_model", "sft"]
     for job in board["jobs"]:
         lineage = json.loads((tmp_path / job["run"] / "lineage.json").read_text())
-        assert lineage["sweep"] == "a" and "kl.target=2.0,8.0" in lineage["command"]
+        assert lineage["sweep"] == "a" and "ppo.learning_rate=1e-3,2e-3" in lineage["command"]
         assert (tmp_path / job["run"] / "report.html").is_file()
     assert (tmp_path / "runs/.sweeps/a/report.html").is_file()
