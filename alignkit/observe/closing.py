@@ -55,8 +55,7 @@ def closing_words(summary: dict, folder: Path, stages: list[str], report: str = 
     if "ppo" in stages:
         told = {name.removeprefix("ppo/"): value for name, value in summary.items() if name.startswith("ppo/")}
         lines += [f"PPO: warning: {text}" for text in alerts_in(told)]
-    place = os.path.relpath(folder)
-    place = str(folder) if place.startswith("..") else place
+    place = as_typed(folder)
     last = next((s for s in ("ppo", "reward_model", "sft") if s in stages), None)
     lines += ["", f"total {duration(summary.get('seconds/total', 0))}; results in {place}/summary.json"]
     lines += [report] * bool(report)
@@ -65,6 +64,12 @@ def closing_words(summary: dict, folder: Path, stages: list[str], report: str = 
     if last:
         lines.append(f"model in {place}/{last}/model (Hugging Face format), curves in {place}/{last}/metrics.jsonl")
     return "\n".join(lines)
+
+
+def as_typed(path: Path) -> str:
+    """A path as a person would type it from here."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
 
 
 def table(summary: dict) -> list[str]:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 from alignkit.errors import StageFailed, TrainingError, UserError
 from alignkit.models.settings import refuse_in_ppo, refuse_thin_chain
-from alignkit.observe.closing import closing_words
+from alignkit.observe.closing import as_typed, closing_words
 from alignkit.observe.leaderboard import check_objective
 from alignkit.runtime.config import RunConfig, conf_dir, load
 from alignkit.runtime.launch import follow
@@ -139,7 +139,7 @@ def _what_is_left(run: Run | None, saved: str) -> str:
         return " before anything was begun"
     if run.purpose == "extend":
         return ": the run is as it was; the same command begins again"
-    return f": {saved}; `alignkit resume {shlex.quote(run.shown(run.folder))}` goes on"
+    return f": {saved}; `alignkit resume {shlex.quote(as_typed(run.folder))}` goes on"
 
 
 def report(message: str, code: int) -> int:

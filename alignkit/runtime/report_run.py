@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from alignkit.observe.closing import as_typed
 from alignkit.observe.run_folder import ENDED
 from alignkit.observe.run_report import Change, write_run_report
 from alignkit.runtime.artifact import write_json
@@ -20,8 +21,7 @@ OF_THE_RUN = ("name", "runs_dir", "force")  # differ from run to run and say not
 def report_at_end(folder: Path, recipe: str, raw: Mapping[str, Any], error: str) -> str:
     """Write how the run ended and its report, and return a line that says where that is, or why it is not: this is
     never what a run fails for. error: "" where there was none."""
-    shown = os.path.relpath(folder)
-    shown = str(folder) if shown.startswith("..") else shown
+    shown = as_typed(folder)
     try:
         ended = {"time": time.time(), "error": error or None, "machine": machine_facts(), "versions": versions()}
         write_json(folder / ENDED, ended)

@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import json
-import os
 import secrets
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from alignkit import __version__
 from alignkit.errors import UserError
 from alignkit.observe.artifacts import places_of
+from alignkit.observe.closing import as_typed
 from alignkit.observe.wandb_mode import decide_mode
 from alignkit.reward.source import chain_key
 from alignkit.runtime import lineage
@@ -89,13 +89,13 @@ class Run:
         self._lock = self._claim()
         if self.purpose == "extend":
             self.summary = json.loads((self.folder / "summary.json").read_text("utf-8"))
-            _say(f"run {self.name} in {self.shown(self.folder)}")
+            _say(f"run {self.name} in {as_typed(self.folder)}")
             return
         for old in list(self.folder.iterdir()) if self.purpose == "new" else ():  # of another run of this name
             if old.is_symlink() or old.name in ("summary.json", lineage.FILE):
                 old.unlink()
         write_whole(self.folder / "config.yaml", f"# alignkit {self.recipe}\n{as_yaml(self.raw)}")
-        _say(f"run {self.name} ({self.recipe}) in {self.shown(self.folder)}")
+        _say(f"run {self.name} ({self.recipe}) in {as_typed(self.folder)}")
         if self._note:
             _say(self._note)
 
@@ -124,7 +124,7 @@ class Run:
             product = None if anew else self.store.find(name, digest)
             job, reused = self._job(name, label, digest, inputs, spec), product is not None
             if reused:
-                _say(f"{label}: reused {self.shown(product.path)} (same settings and inputs; force=true runs it again)")
+                _say(f"{label}: reused {as_typed(product.path)} (same settings and inputs; force=true runs it again)")
             else:
                 product = self._make(job, inputs, spec)
         link(self.folder / label, product.path)
@@ -174,7 +174,7 @@ class Run:
         Raises UserError if the stage has not ended."""
         if not (self.folder / label / "manifest.json").is_file():
             raise UserError(
-                f"{self.shown(self.folder)}: has no finished stage named {label}, which is what is judged once more; "
+                f"{as_typed(self.folder)}: has no finished stage named {label}, which is what is judged once more; "
                 "`alignkit resume` goes on with a run that was interrupted"
             )
         if key is None:
@@ -197,7 +197,7 @@ class Run:
         from alignkit.runtime import pictures
 
         getattr(pictures, name)(self.folder, {label: item.path for label, item in self.products.items()})
-        _say(f"{name}: {self.shown(self.folder)}/{name}.svg and .json")
+        _say(f"{name}: {as_typed(self.folder)}/{name}.svg and .json")
 
     def _refuse_what_is_not_used(self, name: str) -> None:
         """A model from outside for what the recipe makes itself is a mistake, not a hint."""
@@ -287,11 +287,6 @@ class Run:
                 f"name={self.name}: another process is writing {self.folder}; choose another name=..."
             ) from None
         return lock
-
-    def shown(self, path: Path) -> str:
-        """A path as the person would type it from here."""
-        relative = os.path.relpath(path)
-        return str(path) if relative.startswith("..") else relative
 
 
 def _say(text: str) -> None:

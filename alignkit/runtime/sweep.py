@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from alignkit.errors import UserError
+from alignkit.observe.closing import as_typed
 from alignkit.observe.leaderboard import (
     check_directions,
     leaderboard_words,
@@ -92,7 +93,9 @@ class Sweep:
             write_whole(file, text)
             waiting.append(job)
         at_a_time = f", {len(slots)} at a time" if len(slots) > 1 else ""
-        _say(f"sweep {self.name}: {len(jobs)} jobs of alignkit {self.recipe}{at_a_time}; logs in {_shown(self.folder)}")
+        _say(
+            f"sweep {self.name}: {len(jobs)} jobs of alignkit {self.recipe}{at_a_time}; logs in {as_typed(self.folder)}"
+        )
         with signals_to(noted := Noted()):
             self._work(waiting, running, slots, noted)
         self._write()
@@ -132,7 +135,7 @@ class Sweep:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.lock, shown = None, _shown(self.folder)
+            self.lock, shown = None, as_typed(self.folder)
             raise UserError(
                 f"name={self.name}: another process runs the sweep in {shown}; choose another name=..."
             ) from None
@@ -208,7 +211,7 @@ class Sweep:
             rest = f"; {left} left, about {duration(spent)}" if left else ""
             _say(f"[{job.number}] {job.words}: done in {duration(seconds)}{self._figures(entry)}{rest}")
         else:
-            _say(f"[{job.number}] {job.words}: {entry['status'].upper()}: {entry['error']} (log: {_shown(log)})")
+            _say(f"[{job.number}] {job.words}: {entry['status'].upper()}: {entry['error']} (log: {as_typed(log)})")
 
     def _figures(self, entry: dict[str, Any]) -> str:
         return "".join(f", {name} {value:.4g}" for name, value in zip(self.objective, entry["objective"] or []))
@@ -252,8 +255,8 @@ class Sweep:
         from alignkit.observe.sweep_report import write_sweep_report
 
         _say("\n".join(["", *leaderboard_words(self.board), ""]))
-        _say(f"leaderboard in {_shown(self.folder / 'leaderboard.json')}")
-        _say(f"report in {_shown(write_sweep_report(self.folder))}")
+        _say(f"leaderboard in {as_typed(self.folder / 'leaderboard.json')}")
+        _say(f"report in {as_typed(write_sweep_report(self.folder))}")
 
 
 def command(file: Path) -> list[str]:
@@ -267,11 +270,6 @@ def _tell(running: dict, number: int) -> None:
         if entry[1].poll() is None:
             with suppress(ProcessLookupError):
                 entry[1].send_signal(number)
-
-
-def _shown(path: Path) -> str:
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
 
 
 def _say(text: str) -> None:

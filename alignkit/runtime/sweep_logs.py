@@ -30,6 +30,7 @@ def last_line(log: Path) -> str:
 
 
 def summary_of(run: Path) -> dict[str, Any]:
+    """summary.json of a run; {} without."""
     with suppress(OSError, ValueError):
         return json.loads((run / "summary.json").read_text("utf-8"))
     return {}
