@@ -16,6 +16,7 @@ import traceback
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from alignkit.errors import Interrupted, NotFinite, TrainingError, UserError
 from alignkit.runtime.artifact import write_json
@@ -43,8 +44,16 @@ def main() -> None:
         write_json(logs / f"rank{rank}.error.json", report)
         if kind == "crash" and rank == 0:
             (logs / "rank0.traceback.txt").write_text(text, encoding="utf-8")
-        sys.stdout.flush()
-        os._exit(1)  # no clean-up that could wait for the other ranks
+        leave(1)  # no clean-up that could wait for the other ranks
+    leave(0)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process here, without the interpreter's own end: gloo's threads may still hold the tensors of the last
+    collective, and one that asks for the interpreter while it goes takes the process down with it (SIGABRT)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def bind_threads(local_rank: int) -> None:

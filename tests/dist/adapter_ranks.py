@@ -15,6 +15,7 @@ from alignkit.models.adapters import adapter_state, adapters_off, add_adapter
 from alignkit.models.scalar import ScalarModel, SharedScalar, score_sequences
 from alignkit.models.settings import PeftSettings
 from alignkit.runtime.sharding import Cluster
+from alignkit.runtime.worker import leave
 
 LINEAR = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 METHODS = {
@@ -165,3 +166,4 @@ def main(out):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave(0)

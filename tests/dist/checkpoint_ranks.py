@@ -30,6 +30,7 @@ from alignkit.runtime import checkpoint
 from alignkit.runtime.checkpoint import Checkpoints
 from alignkit.runtime.settings import CheckpointSettings
 from alignkit.runtime.sharding import Cluster
+from alignkit.runtime.worker import leave
 from alignkit.stages.actors import Actors, WithoutAdapter, adam
 from alignkit.stages.job import Job
 from alignkit.stages.ppo import ppo_iteration, restore, save_if_asked
@@ -304,3 +305,4 @@ def main(folder, *words):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)

@@ -27,6 +27,7 @@ from alignkit.observe.alerts import Limits
 from alignkit.observe.metrics import Metrics
 from alignkit.rollout.native import Native
 from alignkit.runtime.sharding import Cluster
+from alignkit.runtime.worker import leave
 from alignkit.stages.actors import Actors, WithoutAdapter, adam
 from alignkit.stages.job import Job
 from alignkit.stages.ppo import ppo_iteration
@@ -297,3 +298,4 @@ def main(out):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave(0)

@@ -15,6 +15,7 @@ from alignkit.models.tokenizer import learn_tokenizer
 from alignkit.reward.model import RewardModel
 from alignkit.reward.outside import OutsideSource
 from alignkit.runtime.sharding import Cluster
+from alignkit.runtime.worker import leave
 
 TEXTS = [" ".join(prompt if isinstance(prompt, str) else turn["content"] for turn in prompt) for prompt in PROMPTS]
 
@@ -56,3 +57,4 @@ def main(out):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave(0)

@@ -22,6 +22,7 @@ from alignkit.models.scalar import ScalarModel
 from alignkit.observe.metrics import Metrics
 from alignkit.rollout.native import Native
 from alignkit.runtime.sharding import Cluster
+from alignkit.runtime.worker import leave
 from alignkit.stages.actors import Actors, adam, sample, score_all
 from alignkit.stages.ppo_update import ppo_update
 from alignkit.stages.ptx import PtxBatches
@@ -178,3 +179,4 @@ def main(out):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave(0)

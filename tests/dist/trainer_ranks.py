@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from alignkit.errors import UserError
 from alignkit.runtime.sharding import Cluster
+from alignkit.runtime.worker import leave
 from alignkit.stages import trainer as stage_trainer
 
 BY_LENGTH = {"train_sampling_strategy": "group_by_length"}  # an order that is drawn on every rank
@@ -206,3 +207,4 @@ def main(root: Path, names: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    leave(0)

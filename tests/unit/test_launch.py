@@ -421,3 +421,14 @@ def test_a_log_on_a_full_disk_holds_nobody_up(capsys):
     with open("/dev/full", "ab", buffering=0) as log:
         _echo(io.BufferedReader(io.BytesIO(b"iteration 1\niteration 2\n")), log)
     assert capsys.readouterr().out == "iteration 1\niteration 2\n"
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_rank_ends_with_all_said_and_without_the_interpreters_own_end(code):
+    """Threads of gloo that still hold a tensor would take the process down while the interpreter goes."""
+    words = (
+        "import atexit, sys; from alignkit.runtime.worker import leave; atexit.register(print, 'the end'); "
+        f"sys.stdout.write('out'); sys.stderr.write('err'); leave({code})"
+    )
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "out", "err")
