@@ -35,12 +35,12 @@ from alignkit.stages.ppo_report import (
     Timers,
     draw_histograms,
     five_numbers,
+    guards,
     iteration_metrics,
     sample_rows,
     save_evidence,
     summary_of,
     tell_before,
-    tell_value_clip,
     tell_weights,
 )
 from alignkit.stages.ppo_stop import Stop
@@ -63,7 +63,7 @@ def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) 
     it was stopped early, if `ppo.stop_if` did."""
     corpus, config = prepare(job, cluster.is_main), job.config
     check_reward_gate(job, cluster.is_main)
-    settings, began, told = config.ppo, time.monotonic(), False
+    settings, began = config.ppo, time.monotonic()
     actors = load_actors(job, cluster)
     began -= restore(actors, checkpoints)
     each, asked = settings.samples_per_prompt, settings.batch // settings.samples_per_prompt
@@ -88,12 +88,13 @@ def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) 
         if looks is not None:
             values |= looks.look(actors, job)
         tracker.log(values, step=done * settings.batch)
+        for kind, text in guards(values, settings).items():
+            tracker.alert(kind, f"{text}, in iteration {done}")
         stop.look(values)
         if (done - 1) % settings.samples_every == 0 or done == settings.iterations or stop.reason:
             tracker.samples(rows[:8], step=done * settings.batch)
         draw_histograms(tracker, rows, done, settings)
         progress.update(done, *five_numbers(values))
-        told = told or (cluster.is_main and tell_value_clip(values, settings))
         if stop.reason:
             break
         save_if_asked(actors, checkpoints, config.checkpoint.every_iterations, time.monotonic() - began)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alignkit.algo.control import AdaptiveKL
+from alignkit.algo.kl import LOG_RATIO_LIMIT
 from alignkit.algo.masked import moments
 from alignkit.algo.types import Advantages, Minibatch, Rollout, ScoredRollout, ShapedReward
 from alignkit.data.tokens import show
@@ -201,15 +202,22 @@ def weight_bytes(model: torch.nn.Module, seen: set[int]) -> int:
     return total
 
 
-def tell_value_clip(values: dict[str, float], settings) -> bool:
-    """Warn if values may move by so little in an iteration that they cannot follow the returns; True if it did."""
-    if settings.value_clip is None or not values.get("return_std", 0.0) > 10 * settings.value_clip:
-        return False
-    print(
-        f"ppo: warning: returns spread by {values['return_std']:.2g} (standard deviation), but ppo.value_clip="
-        f"{settings.value_clip} holds values within that of the old ones: raise it, set it to null or normalise rewards"
-    )
-    return True
+def guards(values: dict[str, float], settings) -> dict[str, str]:
+    """Which limits on numbers have acted so that a person should know, by kind, in words. (How often each of them acts
+    is in every row: clip_fraction, value_clip_fraction, *_grad_clip_fraction, ratio_cut_fraction.)"""
+    acted = {}
+    if cut := values.get("ratio_cut_fraction", 0.0):
+        acted["log_ratio"] = (
+            f"new and old policy differ by over {LOG_RATIO_LIMIT:g} nats at {cut:.1%} of the tokens, whose ratio was "
+            "cut: the policy moves too far in an iteration; lower ppo.learning_rate or ppo.epochs, or set ppo.stop_kl"
+        )
+    spread, clip = values.get("return_std", 0.0), settings.value_clip
+    if clip is not None and spread > 10 * clip:
+        acted["value_clip"] = (
+            f"returns spread by {spread:.2g} (standard deviation), but ppo.value_clip={clip} holds values within that "
+            "of the old ones: raise it, set it to null or normalise rewards"
+        )
+    return acted
 
 
 def looks_of(history: list[dict[str, float]], settings) -> dict[str, float]:

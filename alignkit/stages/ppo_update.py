@@ -157,6 +157,8 @@ def step(actors: Actors, names: list[str], max_norm: float | None, metrics: Metr
         optimizers[name].step()
         optimizers[name].zero_grad()
         metrics.add(f"{name}_grad_norm", Mean(norm, 1))
+        if max_norm is not None:
+            metrics.add(f"{name}_grad_clip_fraction", Mean((norm > max_norm).double(), 1))
     actors.state.policy_steps += "policy" in names
     actors.state.value_steps += "value" in names
     if actors.ema is not None and "policy" in names:

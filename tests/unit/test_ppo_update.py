@@ -152,6 +152,10 @@ def test_gradients_are_clipped_to_the_norm_that_is_set(exact):
         cosine = torch.nn.functional.cosine_similarity(flat(clipped), flat(whole), dim=0)
         assert float(cosine) == pytest.approx(1.0, abs=1e-12)
         assert metrics[name] == pytest.approx(float(flat(whole).norm()), rel=1e-9), "the norm before clipping is told"
+        assert metrics[name.replace("norm", "clip_fraction")] == 1.0
+    loose = update(exact, batch, config_of(max_grad_norm=1e6))[2]
+    assert loose["policy_grad_clip_fraction"] == loose["value_grad_clip_fraction"] == 0.0
+    assert "policy_grad_clip_fraction" not in free[2], "nothing is ever clipped"
 
 
 def test_ptx_adds_its_coefficient_times_the_mean_negative_log_likelihood(exact):

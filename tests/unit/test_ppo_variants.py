@@ -15,7 +15,7 @@ from alignkit.errors import TrainingError
 from alignkit.runtime.sharding import Cluster
 from alignkit.stages import ppo
 from alignkit.stages.job import Job
-from alignkit.stages.ppo_report import tell_value_clip
+from alignkit.stages.ppo_report import guards
 from alignkit.stages.ptx import PtxBatches
 from alignkit.stages.state import AveragedWeights, PPOState
 
@@ -349,10 +349,19 @@ def test_a_score_in_the_wrong_place_stops_the_run(moving, tmp_path, monkeypatch)
     iterate(moving, config_of(self_checks=False), tmp_path)  # a check that was switched off
 
 
-def test_a_value_clip_that_is_small_against_the_spread_of_returns_is_told(capsys):
+def test_a_value_clip_that_is_small_against_the_spread_of_returns_is_told():
     settings = config_of(value_clip=0.2).ppo
-    assert not tell_value_clip({"return_std": 1.9}, settings)
-    assert not tell_value_clip({"return_std": 9.0}, replace(settings, value_clip=None))
-    assert not tell_value_clip({}, settings), "an advantage without values has no spread of returns"
-    assert tell_value_clip({"return_std": 2.1}, settings)
-    assert "returns spread by 2.1 (standard deviation), but ppo.value_clip=0.2" in capsys.readouterr().out
+    assert not guards({"return_std": 1.9}, settings)
+    assert not guards({"return_std": 9.0}, replace(settings, value_clip=None))
+    assert not guards({}, settings), "an advantage without values has no spread of returns"
+    told = guards({"return_std": 2.1}, settings)
+    assert list(told) == ["value_clip"]
+    assert "returns spread by 2.1 (standard deviation), but ppo.value_clip=0.2" in told["value_clip"]
+
+
+def test_a_log_ratio_that_is_cut_is_told():
+    settings = config_of(value_clip=0.2).ppo
+    assert not guards({"ratio_cut_fraction": 0.0}, settings)
+    told = guards({"ratio_cut_fraction": 0.025}, settings)
+    assert list(told) == ["log_ratio"]
+    assert told["log_ratio"].startswith("new and old policy differ by over 20 nats at 2.5% of the tokens")
