@@ -4,13 +4,19 @@ Values live in `conf/`, so fields have no defaults here. This module may be impo
 imports none of them; nor does it import torch, so that a configuration is validated in well under a second.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-settings = dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
-"""Class decorator. Cross-field rules go into `__post_init__` and raise ValueError with both values in the message."""
+Class = TypeVar("Class")
+
+
+@dataclass_transform(frozen_default=True)
+def settings(cls: type[Class]) -> type[Class]:
+    """Class decorator. Rules across fields go into `__post_init__` and raise ValueError naming both values."""
+    return dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))(cls)  # type: ignore[return-value]
+
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -20,8 +26,8 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 
 
-def section(cls: type) -> Any:
-    """The type of a field that is a group of settings itself, given as a mapping: `stop_if: section(Limits)`."""
+def section(cls: type) -> BeforeValidator:
+    """For a field that is a group of settings itself: `stop_if: Annotated[Limits, section(Limits)]` takes a mapping."""
 
     def made(value: Any) -> Any:
         try:
@@ -30,7 +36,7 @@ def section(cls: type) -> Any:
             lines = (f"{'.'.join(map(str, item['loc']))}: {_plain(item)}" for item in error.errors())
             raise ValueError("; ".join(lines)) from None
 
-    return Annotated[cls, BeforeValidator(made)]
+    return BeforeValidator(made)
 
 
 def _plain(item: Any) -> str:

@@ -129,17 +129,6 @@ def negative_log_likelihood(logprobs: Tensor, mask: Tensor) -> Summed:
     return Summed(-torch.where(mask, logprobs, 0.0).sum(), mask.sum())
 
 
-def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Summed:
-    """Bradley-Terry: - sum log sigmoid(chosen - rejected - margin). Shapes: all [B]; reward units.
-
-    Source: Stiennon et al. 2020, arXiv:2009.01325, section 3.4; margin as in Touvron et al. 2023, arXiv:2307.09288.
-    Tests:  test_losses.py::test_the_pairwise_loss_is_exact_for_pairs_that_are_very_wrong,
-            test_losses.py::test_a_margin_asks_for_that_much_more
-    """
-    total = preference_loss(chosen, rejected, margin).sum()
-    return Summed(total, torch.tensor(chosen.numel(), device=chosen.device))
-
-
 def preference_loss(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, smoothing: Tensor | None = None
 ) -> Tensor:
@@ -148,8 +137,10 @@ def preference_loss(
         d = chosen - rejected - margin;    loss = - (1 - smoothing) log sigmoid(d) - smoothing log sigmoid(-d)
 
     Shapes: all [B] -> [B]. Units: scores and margin in reward units, smoothing in [0, 1); None: 0.
-    Source: as `pairwise_loss`; smoothing: Wang et al. 2024 (Secrets of RLHF II), arXiv:2401.06080.
-    Tests:  test_losses.py::test_smoothing_by_hand, test_losses.py::test_smoothing_has_its_minimum_at_the_odds_it_names
+    Source: Stiennon et al. 2020, arXiv:2009.01325, section 3.4; margin as in Touvron et al. 2023, arXiv:2307.09288;
+            smoothing: Wang et al. 2024 (Secrets of RLHF II), arXiv:2401.06080.
+    Tests:  test_losses.py::test_the_pairwise_loss_is_exact_for_pairs_that_are_very_wrong,
+            test_losses.py::test_smoothing_by_hand, test_losses.py::test_smoothing_has_its_minimum_at_the_odds_it_names
     """
     same_shape(
         chosen=chosen,

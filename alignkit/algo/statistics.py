@@ -8,7 +8,7 @@ from torch import Tensor
 Z95 = 1.959963984540054  # two-sided 95% of the normal distribution
 
 
-def wilson_interval(successes: float, count: int) -> tuple[float, float]:
+def wilson_interval(successes: float, count: float) -> tuple[float, float]:
     """95% interval of a share. count 0 gives (0, 1): nothing is known.
 
     Source: Wilson 1927; Newcombe 1998, method 3.

@@ -49,7 +49,7 @@ class RowOptions:
     denoise: str | None
     denoise_by: Treatment
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.heldout + self.judge >= 1:
             raise ValueError(f"heldout + judge must leave something to train on, got {self.heldout} + {self.judge}")
         if len(self.prompt_words) != 2 or not 1 <= self.prompt_words[0] <= self.prompt_words[1]:
@@ -82,13 +82,13 @@ class Table:
     rows: list[Demonstration | Pair] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     contradictory: set[str] = field(default_factory=set)
-    formats: Counter = field(default_factory=Counter)
+    formats: Counter[tuple[str, str]] = field(default_factory=Counter)
     skipped: list[str] = field(default_factory=list)
     level: int = 0
     doubles: int = 0
     seen: set[str] = field(default_factory=set)
 
-    def add(self, row: Row):
+    def add(self, row: Row) -> None:
         """A double has the same texts, whatever else is said of them: it would count twice in every loss."""
         if isinstance(row, Ranked):
             pairs = row.pairs()
@@ -122,7 +122,8 @@ class Table:
 
 
 def collect(rows: Iterable[RawRow], options: RowOptions) -> Table:
-    table, found = Table(), set()
+    table = Table()
+    found: set[str] = set()
     named = {"margin": options.margin_column, "subset": options.subset_column}
     renamed = {key: name for key, name in named.items() if name != key}
     for row in islice(rows, options.limit):
@@ -216,7 +217,9 @@ def unique_prompts(rows: list[Demonstration | Pair]) -> list[Prompt]:
 def labelled_corpus(table: Table, options: RowOptions, seed: int) -> Corpus:
     """The texts are the demonstrations, any positive one is preferred to any negative one, and the first words of a
     text are a prompt. Held-out pairs are in the order of reading: the same for every seed."""
-    train, heldout, judge = [], [], []
+    train: list[str] = []
+    heldout: list[str] = []
+    judge: list[str] = []
     for text in table.labels:
         position = split_fraction(text)
         side = heldout if position < options.heldout else judge if position < options.heldout + options.judge else train
@@ -269,7 +272,7 @@ def beginnings(texts: list[str], options: RowOptions) -> dict[str, None]:
     """The first words of each text, as spelt there, each once; a text with no word left to continue with gives none.
     The number of words comes from a hash of its own: the hash of the split would give held-out texts the fewest."""
     fewest, most = options.prompt_words
-    prompts = {}
+    prompts: dict[str, None] = {}
     for text in texts:
         number = fewest + int(split_fraction(f"number of words: {text}") * (most - fewest + 1))
         words = list(islice(re.finditer(r"\S+", text), number + 1))
@@ -281,7 +284,7 @@ def beginnings(texts: list[str], options: RowOptions) -> dict[str, None]:
 # -------------------------------------------------------------------------------------------------------------- shared
 
 
-def require_both(what: str, train: Sized, heldout: Sized, options: RowOptions, needed: bool = True):
+def require_both(what: str, train: Sized, heldout: Sized, options: RowOptions, needed: bool = True) -> None:
     """Both sides need at least one: a stage would otherwise fail much later, or report a figure over nothing."""
     numbers = f"got {len(train):,} to train on and {len(heldout):,} held out with data.heldout={options.heldout}"
     if needed and not (train and heldout):

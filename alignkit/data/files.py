@@ -135,7 +135,7 @@ def lines(file: str) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{file}:{number + 1}: expected a readable file, got {cause(error)}") from None
 
 
-def refuse_foreign(file: str, line: bytes):
+def refuse_foreign(file: str, line: bytes) -> None:
     for beginning, what in FOREIGN_BEGINNINGS.items():
         if line.startswith(beginning):
             raise UserError(f"{file}:1: expected UTF-8 text, got {what}")
@@ -177,7 +177,7 @@ def whole_text(file: str) -> str:
 
 def blank_until(text: str, position: int) -> int:
     """The next position that is not JSON's white space."""
-    return re.compile(r"[ \t\r\n]*").match(text, position).end()
+    return next(re.compile(r"[ \t\r\n]*").finditer(text, position)).end()
 
 
 def parquet_rows(file: str) -> Iterator[RawRow]:

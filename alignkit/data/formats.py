@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from alignkit.data.corpus import Demonstration, Pair, Prompt
 from alignkit.data.rankings import Ranked, ranking
@@ -50,7 +50,7 @@ class Format(NamedTuple):
 
     name: str
     meaning: str
-    convert: Callable[[dict], Row]
+    convert: Callable[[dict[str, Any]], Row]
 
 
 def convert_row(row: object) -> tuple[Format, Row]:
@@ -69,7 +69,7 @@ def convert_row(row: object) -> tuple[Format, Row]:
 # ------------------------------------------------------------------------------------------------- demonstrations
 
 
-def answered_prompt(row: dict, key: str) -> Demonstration:
+def answered_prompt(row: dict[str, Any], key: str) -> Demonstration:
     """Prompt and answer are each a text or chat messages; an answer in messages may hold several turns."""
     prompt = prompt_value(row["prompt"])
     if isinstance(row[key], list):
@@ -77,11 +77,11 @@ def answered_prompt(row: dict, key: str) -> Demonstration:
     return Demonstration(prompt, response_value(row[key], key))
 
 
-def conversation(row: dict, key: str) -> Demonstration:
+def conversation(row: dict[str, Any], key: str) -> Demonstration:
     return last_answer(with_system(row, turns_value(row[key], key)))
 
 
-def alpaca(row: dict) -> Demonstration:
+def alpaca(row: dict[str, Any]) -> Demonstration:
     """Always chat: an instruction is answered, not continued, so raw text would run the two together."""
     instruction, extra = text_value(row["instruction"], "instruction"), row.get("input")
     content = f"{instruction}\n\n{text_value(extra, 'input')}" if extra else instruction
@@ -89,7 +89,7 @@ def alpaca(row: dict) -> Demonstration:
     return Demonstration(prompt, response_value(row["output"], "output"))
 
 
-def language_modelling_text(row: dict) -> Demonstration:
+def language_modelling_text(row: dict[str, Any]) -> Demonstration:
     return Demonstration("", response_value(row["text"], "text"))
 
 
@@ -103,7 +103,7 @@ def last_answer(turns: Turns) -> Demonstration:
 # ----------------------------------------------------------------------------------------------- preference pairs
 
 
-def prompt_and_pair(row: dict) -> Pair:
+def prompt_and_pair(row: dict[str, Any]) -> Pair:
     """`chosen` and `rejected` are texts, replies in messages, or whole conversations that repeat the prompt."""
     prompt = prompt_value(row["prompt"])
     if isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
@@ -121,7 +121,7 @@ def _after_prompt(asked: Turns, turns: Turns, key: str) -> Turns:
     return turns
 
 
-def implicit_prompt_pair(row: dict) -> Pair:
+def implicit_prompt_pair(row: dict[str, Any]) -> Pair:
     """Two whole conversations: transcripts (`Human:` and `Assistant:` after an empty line) or chat messages."""
     chosen, rejected = (
         transcript_turns(row[key], key) if isinstance(row[key], str) else turns_value(row[key], key)
@@ -130,7 +130,7 @@ def implicit_prompt_pair(row: dict) -> Pair:
     return shared_prompt_pair(row, chosen, rejected)
 
 
-def sharegpt_pair(row: dict) -> Pair:
+def sharegpt_pair(row: dict[str, Any]) -> Pair:
     prompt = before_answer(with_system(row, turns_value(row["conversations"], "conversations")))
     replies = []
     for key in ("chosen", "rejected"):
@@ -159,7 +159,7 @@ def transcript_turns(text: str, key: str) -> Turns:
     return turns
 
 
-def shared_prompt_pair(row: dict, chosen: Turns, rejected: Turns) -> Pair:
+def shared_prompt_pair(row: dict[str, Any], chosen: Turns, rejected: Turns) -> Pair:
     """The prompt is the longest shared beginning that ends with a user turn; each response is the one assistant turn
     after it. Where more turns follow on a side, the two were not answers to one prompt: rendering them into a response
     would teach the policy to write the user's lines, so such a row is a fault (to be skipped, if wanted)."""
@@ -181,7 +181,7 @@ def shared_prompt_pair(row: dict, chosen: Turns, rejected: Turns) -> Pair:
     return make_pair(row, chosen[:shared], chosen[-1]["content"], rejected[-1]["content"])
 
 
-def make_pair(row: dict, prompt: Prompt, chosen: object, rejected: object) -> Pair:
+def make_pair(row: dict[str, Any], prompt: Prompt, chosen: object, rejected: object) -> Pair:
     chosen, rejected = response_value(chosen, "chosen"), response_value(rejected, "rejected")
     if chosen == rejected:
         raise ValueError(f"expected two different responses, got the same one twice: {shown(chosen)}")
@@ -191,7 +191,7 @@ def make_pair(row: dict, prompt: Prompt, chosen: object, rejected: object) -> Pa
 # -------------------------------------------------------------------------------------------------- labelled texts
 
 
-def labelled_text(row: dict) -> Labelled:
+def labelled_text(row: dict[str, Any]) -> Labelled:
     label = row["label"]
     number = LABELS.get(label.lower()) if isinstance(label, str) else label
     if not isinstance(number, int | float) or number not in (0, 1):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from typing import Any
 
 from alignkit.data.assemble import RawRow, RowOptions, corpus_from_rows
 from alignkit.data.corpus import Corpus
@@ -29,7 +30,7 @@ class Hub(RowOptions):
         parts = [self.path, self.name, self.split, self.revision, self._dataset()._fingerprint]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def _dataset(self):
+    def _dataset(self) -> Any:
         if not self.path:
             raise UserError(
                 "data.path=ID is required: a data set's id on the Hub, such as Anthropic/hh-rlhf, or a folder"
@@ -39,7 +40,7 @@ class Hub(RowOptions):
         try:
             return datasets.load_dataset(self.path, self.name, split=self.split, revision=self.revision)
         except Exception as error:  # whatever it is, it concerns the data set that these four settings name
-            root = error
+            root: BaseException = error
             while root.__cause__:  # "An error occurred while generating the dataset" has the reason underneath
                 root = root.__cause__
             reason = " ".join((str(root) or type(root).__name__).split())[:300]

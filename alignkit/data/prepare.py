@@ -13,6 +13,7 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 from alignkit.data.files import cause, read_rows
 from alignkit.errors import UserError
@@ -41,14 +42,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def movie_reviews(archive: str) -> tuple[list[dict], str]:
+def movie_reviews(archive: str) -> tuple[list[dict[str, Any]], str]:
     """Sentence polarity dataset v1.0 (Pang & Lee, ACL 2005): one sentence a line in two files of latin-1, one a label.
     Shuffled, so that the first rows of the file have both labels."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     try:
         with tarfile.open(archive) as members:
             for member, label in REVIEWS.items():
-                text = members.extractfile(member).read().decode("latin-1")
+                text = members.extractfile(member).read().decode("latin-1")  # type: ignore[union-attr]  # see below
                 sentences = [line.strip(" \r") for line in text.split("\n")]
                 rows += [{"text": sentence, "label": label} for sentence in sentences if sentence]
     except (KeyError, AttributeError):
@@ -62,7 +63,7 @@ def movie_reviews(archive: str) -> tuple[list[dict], str]:
     return rows, f"{positive:,} positive, {len(rows) - positive:,} negative"
 
 
-def hh_harmless(source: str) -> tuple[list[dict], str]:
+def hh_harmless(source: str) -> tuple[list[dict[str, Any]], str]:
     """Anthropic/hh-rlhf, harmless-base/test.jsonl.gz: pairs of the same text twice say nothing and are dropped."""
     rows, same = [], 0
     for row in read_rows(source):
@@ -77,7 +78,7 @@ def hh_harmless(source: str) -> tuple[list[dict], str]:
     return rows, f"{same:,} identical pairs dropped"
 
 
-def write_rows(out: str, rows: list[dict]):
+def write_rows(out: str, rows: list[dict[str, Any]]) -> None:
     """Written aside and moved into place, without time or name in the gzip header."""
     try:
         with open(f"{out}.part", "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as stream:
@@ -88,7 +89,7 @@ def write_rows(out: str, rows: list[dict]):
         raise UserError(f"{out}: expected a place to write to, got {cause(error)}") from None
 
 
-DATASETS: dict[str, tuple[Callable[[str], tuple[list[dict], str]], str]] = {
+DATASETS: dict[str, tuple[Callable[[str], tuple[list[dict[str, Any]], str]], str]] = {
     "movie_reviews": (movie_reviews, "rt-polaritydata.tar.gz of Pang & Lee, sentence polarity dataset v1.0"),
     "hh_harmless": (hh_harmless, "harmless-base/test.jsonl.gz of Anthropic/hh-rlhf"),
 }

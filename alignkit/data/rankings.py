@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from alignkit.data.corpus import Demonstration, Pair, Prompt
 from alignkit.data.values import (
@@ -44,7 +45,7 @@ class Ranked:
         return self.margins[better] - self.margins[worse] if isinstance(self.margins, list) else self.margins
 
 
-def ranking(row: dict) -> Ranked:
+def ranking(row: dict[str, Any]) -> Ranked:
     """`responses` are texts or replies in messages: best first, or with `ranks` (lower is better) or `scores` (higher
     is better), one each. `margin`: a number for all pairs, or a list of one number a response."""
     given, prompt = row["responses"], prompt_value(row["prompt"])
@@ -83,7 +84,7 @@ def places_by_ranking(pairs: Sequence[Pair]) -> list[list[int]]:
     return list(groups.values())
 
 
-def to_imitate(rows: list[Demonstration | Pair]) -> list[Demonstration]:
+def to_imitate(rows: Sequence[Demonstration | Pair]) -> list[Demonstration]:
     """The demonstrations, and of each pair the chosen response; of a ranking the best alone (or those level with it),
     once."""
     beaten = {(row.ranking, row.rejected) for row in rows if isinstance(row, Pair) and row.ranking}
@@ -109,7 +110,7 @@ def _reply(value: object, key: str) -> str:
     return response_value(turn["content"], key)
 
 
-def _levels(row: dict, count: int) -> list[float]:
+def _levels(row: dict[str, Any], count: int) -> list[float]:
     ranks, scores = row.get("ranks"), row.get("scores")
     if ranks is not None and scores is not None:
         raise ValueError("expected `ranks` or `scores` beside `responses`, got both")

@@ -61,10 +61,11 @@ def treated(pairs: list[Pair], data: Any) -> tuple[list[Pair], list[str]]:
     if getattr(data, "denoise", None) is None:  # a data source from outside need not have it
         return pairs, []
     path, by = data.denoise, data.denoise_by
-    strengths, done, result = read_strengths(path), Counter(), []
+    strengths, result = read_strengths(path), []
+    done: Counter[str] = Counter()
     for pair in pairs:
         right = strengths.get(key_of(pair))
-        wanted = "keep" if right is None else proposal(right)
+        wanted: str = "keep" if right is None else proposal(right)
         if wanted == "flip" and by == "smooth":
             wanted = "smooth"
         if wanted != "keep" and by == "drop":
@@ -72,7 +73,7 @@ def treated(pairs: list[Pair], data: Any) -> tuple[list[Pair], list[str]]:
         done["unknown" if right is None else wanted] += 1
         if wanted == "flip":
             pair = replace(pair, chosen=pair.rejected, rejected=pair.chosen)
-        elif wanted == "smooth":
+        elif wanted == "smooth" and right is not None:
             pair = replace(pair, smoothing=min(1.0 - right, 0.5))
         if wanted != "drop":
             result.append(pair)

@@ -198,7 +198,7 @@ def _split_words(text: str) -> list[str]:
     return [word[:-1] if word[-1] in ".,!?" else word for word in text.lower().split()]
 
 
-def _words_of(groups: Iterable[Sequence[str]]) -> set[str]:
+def _words_of(groups: Iterable[Iterable[str]]) -> set[str]:
     return {word for texts in groups for text in texts for word in _split_words(text)}
 
 

@@ -48,7 +48,7 @@ class Encoder:
 
     def text(self, ids: Sequence[int]) -> str:
         """Readable text of ids, special tokens left out."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -60,8 +60,8 @@ class Encoder:
                 "use a chat model, or set `chat_template` in its tokenizer_config.json"
             )
         try:
-            return self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            return str(
+                self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
             )
         except TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns)

@@ -19,8 +19,8 @@ def validation_split(pairs: list[Pair], share: float, labelled: bool) -> tuple[l
     mixed = [pair for pair in pairs if len(kept & {pair.chosen, pair.rejected}) == 1]
     good, bad = ([getattr(pair, side) for pair in mixed] for side in ("chosen", "rejected"))
     training += [Pair("", *two) for two in zip(_outside(good, kept), _outside(bad, kept))]
-    good, bad = (dict.fromkeys(getattr(pair, side) for pair in pairs) for side in ("chosen", "rejected"))
-    validation = zip((text for text in good if text in kept), (text for text in bad if text in kept))
+    preferred, refused = (dict.fromkeys(getattr(pair, side) for pair in pairs) for side in ("chosen", "rejected"))
+    validation = zip((text for text in preferred if text in kept), (text for text in refused if text in kept))
     return training, [Pair("", *two) for two in validation]
 
 

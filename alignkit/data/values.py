@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from alignkit.data.corpus import Prompt
 
@@ -34,7 +35,7 @@ def before_answer(turns: Turns) -> Turns:
     return turns
 
 
-def with_system(row: dict, turns: Turns) -> Turns:
+def with_system(row: dict[str, Any], turns: Turns) -> Turns:
     """Some ShareGPT and Alpaca files keep the system message in a column of its own."""
     if not row.get("system") or turns[0]["role"] == "system":
         return turns

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -24,10 +24,14 @@ from torch import Tensor, nn
 from alignkit.errors import UserError
 from alignkit.models.settings import CONFIG_CLASS, PROMPT_METHODS, PeftSettings
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 
 
-def attach(model: nn.Module, settings: PeftSettings, task: Task) -> nn.Module:
+def attach(model: PreTrainedModel, settings: PeftSettings, task: Task) -> PreTrainedModel | PeftModel:
     """The model that a trainer is given: `model` itself with an adapter put in, or peft's wrapper around it (learnt
     tokens), all else frozen but a classifier's head; with method none just `model`. Raises UserError."""
     if settings.method == "none":
@@ -44,7 +48,7 @@ def attach(model: nn.Module, settings: PeftSettings, task: Task) -> nn.Module:
     return model
 
 
-def add_adapter(model: nn.Module, settings: PeftSettings, task: Task) -> None:
+def add_adapter(model: PreTrainedModel, settings: PeftSettings, task: Task) -> None:
     """Put a fresh adapter into `model` in place and freeze the rest; afterwards it computes exactly what it did before.
 
     Draws from torch's generator, which must be in the same state on all ranks. Goes before sharding; dropout of the
@@ -83,7 +87,7 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
     A flag of each layer, unlike peft's `enable_adapters`, which also changes requires_grad, and FSDP2 has read that
     already. Not between a forward and its backward.
     """
-    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
@@ -102,9 +106,14 @@ def adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Te
     if isinstance(model, PeftModel):  # learnt tokens, made by a network that is not kept
         return get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = get_peft_model_state_dict(model, state_dict=dict(state), save_embedding_layers=False)
-    if model.peft_config["default"].task_type == "SEQ_CLS":
+    if peft_of(model).task_type == "SEQ_CLS":
         tensors |= {name: value for name, value in state.items() if name.startswith("score.")}
     return {f"base_model.model.{name}": value for name, value in tensors.items()}
+
+
+def peft_of(model: Any) -> Any:
+    """peft's config of the adapter on `model`."""
+    return model.peft_config["default"]
 
 
 def save_adapter(
@@ -113,7 +122,7 @@ def save_adapter(
     """Write adapter_config.json and adapter_model.safetensors as peft reads them; `base`: the folder or Hub id of the
     model that the adapter belongs on. Call it on one rank."""
     local = Path(base).expanduser()
-    config = copy.deepcopy(model.peft_config["default"])
+    config = copy.deepcopy(peft_of(model))
     config.base_model_name_or_path = str(local.resolve() if local.exists() else base)
     config.revision, config.inference_mode = revision, True
     if config.task_type == "SEQ_CLS":
@@ -144,7 +153,7 @@ def merge(model: nn.Module) -> None:
     model.requires_grad_(True)
 
 
-def apply_adapter(model: nn.Module, folder: Path) -> nn.Module:
+def apply_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """`model`, a whole base, with the adapter in `folder` merged into it. Raises UserError with the reason."""
     from peft import PeftConfig, PeftModel
 
@@ -186,16 +195,18 @@ def trainable(model: nn.Module) -> str:
     return f"{count / 1e6:.2f} of {total / 1e6:.2f} M parameters ({count / total:.2%})"
 
 
-def _ends(model: nn.Module) -> tuple[nn.Module | None, ...]:
+def _ends(model: PreTrainedModel) -> tuple[nn.Module | None, ...]:
     """The layers where tokens come in and numbers go out."""
     return model.get_input_embeddings(), model.get_output_embeddings(), getattr(model, "score", None)
 
 
-def _add_offsets(model: nn.Module) -> None:
+def _add_offsets(model: PreTrainedModel) -> None:
     """BitFit: output + offset for every layer with a bias but the head, which trainers read past its own forward."""
     head = model.get_output_embeddings()
     model.requires_grad_(False)
-    layers = [m for m in model.modules() if isinstance(getattr(m, "bias", None), nn.Parameter) and m is not head]
+    layers: list[Any] = [
+        m for m in model.modules() if isinstance(getattr(m, "bias", None), nn.Parameter) and m is not head
+    ]
     if not layers:
         raise UserError(
             f"peft.method=bitfit trains biases, and this {type(model).__name__} has none (nor have Mistral, Qwen3 and "
@@ -207,7 +218,7 @@ def _add_offsets(model: nn.Module) -> None:
         layer.offset_hook = layer.register_forward_hook(_offset)
 
 
-def _offset(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+def _offset(layer: Any, inputs: Any, output: Tensor) -> Tensor:
     return output if layer._disable_adapters else output + layer.bias_offset
 
 

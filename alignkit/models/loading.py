@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     GenerationConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -37,8 +38,8 @@ from alignkit.models.tokenizer import (
 
 
 def start_policy(
-    spec: ModelSettings, texts, quantization: dict[str, Any] | None = None
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    spec: ModelSettings, texts: Callable[[], Iterable[str]], quantization: dict[str, Any] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that SFT starts from, with its tokenizer: PAD apart from EOS, embeddings resized once, here; a model
     that knows no chat gets a plain template, which SFT then teaches it. quantization: see `adapters.quantization`."""
     if spec.path is None:
@@ -58,7 +59,7 @@ def start_policy(
     return model, tokenizer
 
 
-def build_model(spec: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+def build_model(spec: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A model of `spec`'s architecture and dimensions with random weights; the seed is the caller's."""
     config = model_config(
         spec,
@@ -72,7 +73,7 @@ def build_model(spec: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> nn.M
 
 def model_config(spec: ModelSettings, **options: Any) -> PreTrainedConfig:
     """transformers' config of `spec`'s architecture and dimensions; what is null there follows from the rest."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": spec.hidden_size,
         "num_hidden_layers": spec.num_layers,
         "num_attention_heads": spec.num_heads,
@@ -91,22 +92,23 @@ def model_config(spec: ModelSettings, **options: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(spec.architecture, **{**sizes, **options})
 
 
-def grow_embeddings(model: nn.Module, size: int) -> None:
+def grow_embeddings(model: PreTrainedModel, size: int) -> None:
     """Make room for `size` tokens. Each new row is the mean of the old ones: a function of the base alone, so that an
     adapter folder need not hold it."""
-    old = model.get_input_embeddings().weight.shape[0]
+    old = model.get_input_embeddings().get_parameter("weight").shape[0]
     if size <= old:
         return
     model.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:
-                layer.weight[old:] = layer.weight[:old].mean(dim=0)
+                weight = layer.get_parameter("weight")
+                weight[old:] = weight[:old].mean(dim=0)
 
 
 def load_causal(
     path: str | Path, revision: str | None = None, trust_remote_code: bool = False, **options: Any
-) -> nn.Module:
+) -> PreTrainedModel:
     """A causal language model in float32 from a folder or Hub id; an adapter comes merged into its base. options:
     transformers' own. Raises UserError with the reason."""
     options = {"revision": revision, "trust_remote_code": trust_remote_code, **options}
@@ -116,7 +118,7 @@ def load_causal(
     return _put_on(load_causal(base, **options), Path(path))
 
 
-def load_scorer(path: str | Path) -> nn.Module:
+def load_scorer(path: str | Path) -> PreTrainedModel:
     """A one-label sequence classifier in float32 from a folder or Hub id; an adapter comes merged into its base.
     Raises UserError with the reason."""
     model = _load_classifier(path)
@@ -125,7 +127,7 @@ def load_scorer(path: str | Path) -> nn.Module:
     return model
 
 
-def scorer_from_policy(path: str | Path, seed: int, **options: Any) -> nn.Module:
+def scorer_from_policy(path: str | Path, seed: int, **options: Any) -> PreTrainedModel:
     """The backbone of a causal model with a fresh scalar head, weights N(0, 1/(d+1)); of an encoder model transformers'
     classifier, what is missing in the folder (head, some poolers) drawn as transformers does. options: its own.
 
@@ -167,14 +169,14 @@ def load_encoder(path: str | Path) -> Encoder:
     return make_encoder(tokenizer, generation)
 
 
-def make_encoder(tokenizer: PreTrainedTokenizerBase, generation_config) -> Encoder:
+def make_encoder(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> Encoder:
     """The encoder that goes with a tokenizer and its model's generation settings."""
     stops = find_stop_ids(tokenizer, generation_config)
     end = end_of_turn(tokenizer)
     return Encoder(tokenizer=tokenizer, stop_ids=stops, end_id=tokenizer.eos_token_id if end is None else end)
 
 
-def disable_dropout(model: nn.Module) -> None:
+def disable_dropout(model: PreTrainedModel) -> None:
     """Dropout off for good: sampling, scoring and training must see one and the same network."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -195,7 +197,7 @@ def model_folder(path: str | Path) -> Path:
     return path / "model" if any(file.is_file() for file in held) else path
 
 
-def read_manifest(path: str | Path) -> dict:
+def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest of the stage that made this model, {} for a model from elsewhere."""
     file = Path(path) / "manifest.json"
     return json.loads(file.read_text("utf-8")) if file.is_file() else {}
@@ -215,7 +217,7 @@ def skeletons() -> Iterator[None]:
 _without_weights = False
 
 
-def _build(factory, config: PreTrainedConfig, **options: Any) -> nn.Module:
+def _build(factory: Any, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
     """A model of this config with random weights in float32, or among `skeletons` with none."""
     if not _without_weights:
         return factory.from_config(config, dtype=torch.float32, **options)
@@ -225,13 +227,14 @@ def _build(factory, config: PreTrainedConfig, **options: Any) -> nn.Module:
     return model
 
 
-def _load(factory, path: str | Path, **options: Any) -> nn.Module:
+def _load(factory: Any, path: str | Path, **options: Any) -> PreTrainedModel:
     try:
         if _without_weights:
             remote = {"trust_remote_code": options.get("trust_remote_code", False)}
             model = _build(factory, AutoConfig.from_pretrained(str(path), **options), **remote)
             with suppress(OSError):  # a model without one
-                model.generation_config = GenerationConfig.from_pretrained(str(path), revision=options.get("revision"))
+                revision: Any = options.get("revision")
+                model.generation_config = GenerationConfig.from_pretrained(str(path), revision=revision)
             return model
         model = factory.from_pretrained(str(path), dtype=torch.float32, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -241,7 +244,7 @@ def _load(factory, path: str | Path, **options: Any) -> nn.Module:
     return model
 
 
-def _load_classifier(path: str | Path, **options: Any) -> nn.Module:
+def _load_classifier(path: str | Path, **options: Any) -> PreTrainedModel:
     """A sequence classifier; on a causal model's weights its head is random."""
     facts = adapter_facts(path)
     if facts is None:
@@ -251,7 +254,7 @@ def _load_classifier(path: str | Path, **options: Any) -> nn.Module:
         return _put_on(_load_classifier(base, **options), Path(path))
     labels = options.pop("num_labels", None)
     causal = load_causal(path, **options)
-    config = copy.deepcopy(causal.config)
+    config: Any = copy.deepcopy(causal.config)
     config.num_labels = labels or config.num_labels
     model = _build(AutoModelForSequenceClassification, config)
     if not _without_weights:
@@ -261,7 +264,7 @@ def _load_classifier(path: str | Path, **options: Any) -> nn.Module:
 
 def _base(path: str | Path, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The base of an adapter folder and the options to load it with. Raises UserError if it is gone."""
-    facts = adapter_facts(path)
+    facts = adapter_facts(path) or {}
     base = str(facts["base_model_name_or_path"])
     if Path(base).is_absolute() and not Path(base).exists():
         raise UserError(
@@ -275,7 +278,7 @@ def _base(path: str | Path, options: dict[str, Any]) -> tuple[str, dict[str, Any
     return base, {**options, "revision": facts.get("revision")}
 
 
-def _put_on(model: nn.Module, folder: Path) -> nn.Module:
+def _put_on(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The base with the adapter in `folder` merged in, and what else the folder says of the model."""
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = load_tokenizer(folder)
@@ -286,7 +289,7 @@ def _put_on(model: nn.Module, folder: Path) -> nn.Module:
     return model if _without_weights else apply_adapter(model, folder)
 
 
-def require_context(model: nn.Module, tokens: int, settings: str) -> None:
+def require_context(model: PreTrainedModel, tokens: int, settings: str) -> None:
     """Raise UserError if the model has fewer positions than `tokens`, which `settings` (names with values) ask for."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and tokens > positions:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -37,7 +37,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module, *wide: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.wide = wide
         self.shapes = {tuple(p.shape) for p in model.parameters() if p.dim() > 1}
         weights = [*model.parameters(), *model.buffers()]
@@ -60,7 +60,7 @@ class LiveBytes(TorchDispatchMode):
         finally:
             self._kind = before
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
             return True  # transformers asks whether positions go up one by one, and so they do
         given = (args, kwargs or {})
@@ -92,7 +92,7 @@ class LiveBytes(TorchDispatchMode):
             return
         size, kind = storage.nbytes(), self._kind_of(tensor)
 
-        def gone(_) -> None:
+        def gone(_: Any) -> None:
             self.now[kind] -= size
             self.total -= size
             del self.alive[key]
@@ -134,7 +134,7 @@ class Gathering:
         self.hooks: list[Any] = []
 
     def __enter__(self) -> Gathering:
-        self.model.logprobs_at = self._logprobs_at
+        self.model.logprobs_at = self._logprobs_at  # type: ignore[assignment]
         for unit in range(len(self.units) if self.held else 0):
             self._gather(unit)
         for unit, (module, weights) in enumerate(self.units):
@@ -149,7 +149,7 @@ class Gathering:
             ]
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: Any) -> None:
         del self.model.logprobs_at
         for hook in self.hooks:
             hook.remove()
@@ -157,7 +157,7 @@ class Gathering:
     def _logprobs_at(self, *inputs: Any) -> tuple[Tensor, ...]:
         """The method that `Cluster.shard` gives a policy: the root's hooks run around it."""
         self._gather(self.root)
-        output = read_logprobs(self.model, *inputs)
+        output = read_logprobs(cast("PreTrainedModel", self.model), *inputs)
         self._after_forward(self.root, output)
         return output
 
@@ -261,7 +261,7 @@ class _Fused(torch.autograd.Function):
     """What a fused attention kernel leaves for the backward pass: inputs, output and a number for each query."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         bias = None if mask is None else torch.empty(mask.shape, dtype=query.dtype, device=query.device)
         sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         rows, heads, width = query.shape[:3]
@@ -270,18 +270,20 @@ class _Fused(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_):
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+) -> Any:
     """transformers' scaled-dot-product attention, the kernel itself apart: for several queries the key-value heads are
     repeated for the heads that share them, unless the kernel can do without (as it can if there is no mask)."""
     if query.shape[2] > 1 and not use_gqa_in_sdpa(attention_mask, key, value):
         key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
     query, key = (x.to(value.dtype) for x in (query, key))  # where autocast has made only the values short
-    out = _Fused.apply(query, key, value, attention_mask)
+    out = _Fused.apply(query, key, value, attention_mask)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -3,21 +3,23 @@ come before a token that is asked for, logits of a few at a time."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from alignkit.algo.sampling import SamplingRule
 from alignkit.algo.sequence import position_ids, spread, token_entropy, token_logprobs
 from alignkit.errors import UserError
 
 LOGITS_BYTES = 2**28  # of one piece of logits in float32; its gradient and exponentials take as much each
-RECOMPUTED = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn in between
+RECOMPUTED: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn in between
 
 
 def response_logprobs(
-    model: nn.Module, tokens: Tensor, mask: Tensor, response_mask: Tensor, rule: SamplingRule, *, entropy: bool = False
+    model: Any, tokens: Tensor, mask: Tensor, response_mask: Tensor, rule: SamplingRule, *, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of the response tokens, and the entropy at their positions if asked for; 0 on padding.
 
@@ -32,7 +34,7 @@ def response_logprobs(
 
 
 def logprobs_at(
-    model: nn.Module, tokens: Tensor, mask: Tensor, wanted: Tensor, rule: SamplingRule, *, entropy: bool = False
+    model: Any, tokens: Tensor, mask: Tensor, wanted: Tensor, rule: SamplingRule, *, entropy: bool = False
 ) -> tuple[Tensor, ...]:
     """Log-probabilities of the n tokens where `wanted` [B, T] is True (never a row's first), row by row, [n]; and the
     entropies where they were drawn, [n]. Through the method of the same name that `runtime.sharding` gave the model, so
@@ -43,7 +45,7 @@ def logprobs_at(
 
 
 def read_logprobs(
-    model: nn.Module, tokens: Tensor, mask: Tensor, wanted: Tensor, rule: SamplingRule, entropy: bool
+    model: PreTrainedModel, tokens: Tensor, mask: Tensor, wanted: Tensor, rule: SamplingRule, entropy: bool
 ) -> tuple[Tensor, ...]:
     """As `logprobs_at`, for a model whose weights are at hand: never more than LOGITS_BYTES of logits. With a gradient
     all pieces but the last are computed again on the way back."""
@@ -60,7 +62,9 @@ def read_logprobs(
     return tuple(torch.cat(parts) for parts in zip(*found))
 
 
-def read_piece(model, hidden: Tensor, targets: Tensor, place: Tensor, rule: SamplingRule, entropy: bool):
+def read_piece(
+    model: PreTrainedModel, hidden: Tensor, targets: Tensor, place: Tensor, rule: SamplingRule, entropy: bool
+) -> tuple[Tensor, ...]:
     """(log-probabilities, entropies if asked for) [n] of the targets, drawn from the hidden states [n, d]."""
     logits = rule.apply(logits_of(model, hidden), place)
     logprobs = token_logprobs(logits, targets)
@@ -83,7 +87,7 @@ def hidden_at(backbone: nn.Module, tokens: Tensor, mask: Tensor, where: Tensor) 
     return hidden[rows[where], position_ids(mask)[where]]
 
 
-def pack_rows(model: nn.Module, backbone: nn.Module, compute: Callable[[Tensor, Tensor], Tensor]) -> None:
+def pack_rows(model: Any, backbone: nn.Module, compute: Callable[[Tensor, Tensor], Tensor]) -> None:
     """From now on lay the rows of a micro-batch end to end, without padding; on a GPU by flex attention, which leaves
     out what rows would not see of each other. compute: what the model makes of (tokens, mask), [B, T]. Raises UserError
     where a row's values change with another row before it, or are not what they were."""
@@ -95,19 +99,19 @@ def pack_rows(model: nn.Module, backbone: nn.Module, compute: Callable[[Tensor, 
         apart = compute(tokens, mask)
         if device.type == "cuda":
             model.config._attn_implementation = "flex_attention"
-        backbone.rows_are_packed = True
+        backbone.rows_are_packed = True  # type: ignore[assignment]
         together, beside = compute(tokens, mask), compute(other, mask)[1]
     exact = device.type == "cpu" and next(model.parameters()).dtype in (torch.float32, torch.float64)
     seen = not torch.allclose(together[1], beside, rtol=1e-4, atol=1e-4)  # one kernel, one shape: nearly bit for bit
     if seen or not torch.allclose(apart, together, rtol=1e-4 if exact else 0.1, atol=1e-4 if exact else 0.1):
-        backbone.rows_are_packed = False
+        backbone.rows_are_packed = False  # type: ignore[assignment]
         raise UserError(
             f"ppo.packing=true: the rows of a {type(model).__name__} cannot be laid end to end, as it does not tell "
             "them apart by their positions; set ppo.packing=false"
         )
 
 
-def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits [n, V] of last hidden states [n, d], by the model's own forward with its backbone left out, whatever it
     makes of them after its head (a scale, a soft cap)."""
     name = model.base_model_prefix
@@ -129,7 +133,7 @@ class _Given(nn.Module):
     def decoder(self) -> "_Given":  # OPT's head calls the decoder inside
         return self
 
-    def forward(self, *_, **__) -> "_Output":
+    def forward(self, *_: Any, **__: Any) -> "_Output":
         return self.output
 
 
@@ -139,5 +143,5 @@ class _Output(SimpleNamespace):
     def __getattr__(self, name: str) -> None:
         return None
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         return (self.last_hidden_state,)[index]

@@ -1,11 +1,13 @@
 """A backbone with one number at every position: the reward model and the value model."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from alignkit.algo.sequence import last_token_index, spread
 from alignkit.data.tokens import Encoder
@@ -17,6 +19,12 @@ from alignkit.models.pooled import pools
 from alignkit.models.settings import PeftSettings
 from alignkit.models.tokenizer import same_tokens
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Scalars = Callable[[Tensor, Tensor], Tensor]
+"""(tokens, mask), [B, T] each -> a number at every position: one of the models below, or a reading of one."""
+
 
 class ScalarModel(nn.Module):
     """scalar[b, t] = score(backbone(tokens)[b, t]) + bias, for every position.
@@ -26,7 +34,7 @@ class ScalarModel(nn.Module):
     forward runs all of the network's hooks.
     """
 
-    def __init__(self, classifier: nn.Module) -> None:
+    def __init__(self, classifier: PreTrainedModel) -> None:
         super().__init__()
         self.classifier = classifier
         self.bias = nn.Parameter(torch.zeros(()).unsqueeze(0))
@@ -71,7 +79,7 @@ class SharedScalar(ScalarModel):
     that is trained. Both readings go through the root's forward, so that all of the network's hooks run.
     """
 
-    def __init__(self, classifier: nn.Module, settings: PeftSettings) -> None:
+    def __init__(self, classifier: PreTrainedModel, settings: PeftSettings) -> None:
         super().__init__(classifier)
         self.value_head = copy.deepcopy(scalar_head(classifier)).requires_grad_(True)
         self.scores = False
@@ -106,10 +114,10 @@ class PromptedScalar(nn.Module):
     transformers' classifiers see no ids and read the last position, which in a padded row is PAD.
     """
 
-    def __init__(self, wrapper: nn.Module) -> None:
+    def __init__(self, wrapper: "PeftModel") -> None:
         super().__init__()
         self.classifier = wrapper
-        inner = wrapper.get_base_model()
+        inner: Any = wrapper.get_base_model()
         inner.score.register_forward_hook(self._keep)
         inner.register_forward_hook(self._read, with_kwargs=True)
 
@@ -132,7 +140,7 @@ class PooledScalar(nn.Module):
     position has that number, so that it is read as any other score. A decoder's classifier needs its PAD on the right.
     """
 
-    def __init__(self, classifier: nn.Module) -> None:
+    def __init__(self, classifier: PreTrainedModel) -> None:
         super().__init__()
         self.classifier = classifier
         self._no_split_modules = classifier._no_split_modules
@@ -174,7 +182,7 @@ def load_scalar(folder: Path, encoder: Encoder) -> ScalarModel | PooledScalar:
     return open_scalar(folder)
 
 
-def score_sequences(model: ScalarModel, tokens: Tensor, mask: Tensor, *, mean: float = 0.0, std: float = 1.0) -> Tensor:
+def score_sequences(model: Scalars, tokens: Tensor, mask: Tensor, *, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """One score a sequence: the scalar at its last real token, as (scalar - mean) / std.
 
     Shapes: tokens [B, T], mask [B, T] bool, padding on either side -> [B]. The one read-out of reward models, in their

@@ -118,12 +118,12 @@ class PeftSettings:
         found, wanted = find_spec("peft"), (CONFIG_CLASS.get(self.method), "PromptLearningConfig")
         if found is None or wanted[0] is None:
             return []
-        folder = Path(found.submodule_search_locations[0])
+        folder = Path(str(found.origin)).parent
         files = [file for file in folder.glob("tuners/*/config.py") if f"class {wanted[0]}(" in file.read_text("utf-8")]
         files += [folder / "config.py"] if self.method in PROMPT_METHODS else []
         classes = [node for file in files for node in ast.parse(file.read_text("utf-8")).body]
         bodies = [node.body for node in classes if isinstance(node, ast.ClassDef) and node.name in wanted]
-        return [line.target.id for body in bodies for line in body if isinstance(line, ast.AnnAssign)]
+        return [ast.unparse(line.target) for body in bodies for line in body if isinstance(line, ast.AnnAssign)]
 
 
 def refuse_stacking(peft: PeftSettings, base: str | Path | None) -> None:

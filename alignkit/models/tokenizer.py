@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from alignkit.errors import UserError
 
-PAD, END, UNKNOWN = "<|pad|>", "<|end|>", "<|unknown|>"
+PAD, END = "<|pad|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
@@ -47,7 +47,9 @@ def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def load_tokenizer(path: str | Path, revision: str | None = None, trust_remote_code: bool = False):
+def load_tokenizer(
+    path: str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or Hub id. Raises UserError with the reason if there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
@@ -73,7 +75,9 @@ def ensure_pad(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(tokenizer.add_special_tokens({"pad_token": name}))
 
 
-def find_stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config=None) -> tuple[int, ...]:
+def find_stop_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
+) -> tuple[int, ...]:
     """All tokens that end a response: EOS, those of generation_config, the chat template's end of a turn."""
     stops = {tokenizer.eos_token_id}
     listed = getattr(generation_config, "eos_token_id", None)
@@ -88,7 +92,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "qzqz"}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except TemplateError:
         return None  # a template of its own rules; EOS ends the response then
     if "qzqz" not in text:

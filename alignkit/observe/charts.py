@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from alignkit.observe.plot import RIGHT, WIDTH, marker, number_text, style_rules, ticks
 
@@ -65,7 +66,7 @@ def parallel_chart(axes: Sequence[Axis], names: Sequence[str], best: int | None)
         ]
     lines = sorted(range(len(names)), key=lambda number: number == best)
     for number in lines:
-        points = [(x, column[number]) for x, column in zip(places, heights) if column[number] is not None]
+        points = [(x, y) for x, column in zip(places, heights) if (y := column[number]) is not None]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
         colour, look = (1, 'style="stroke-width:4"') if number == best else (0, 'stroke-opacity=".6"')
         signs = "".join(marker(colour, x, y, 3.6) for x, y in points)
@@ -77,7 +78,7 @@ def parallel_chart(axes: Sequence[Axis], names: Sequence[str], best: int | None)
 def _scale(axis: Axis) -> tuple[dict[float | str, float], list[tuple[str, float]]]:
     """Height in pixels of each value, and the marks beside the axis. Numbers lie by size, or by its logarithm where
     they spread far; other values evenly."""
-    known = list(dict.fromkeys(value for value in axis.values if value is not None))
+    known: list[Any] = list(dict.fromkeys(value for value in axis.values if value is not None))
     if all(isinstance(value, float) and math.isfinite(value) for value in known):
         known.sort()
         far = bool(known) and known[0] > 0 and known[-1] / known[0] >= SPREAD

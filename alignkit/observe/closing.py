@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from alignkit.observe.alerts import alerts_in
 from alignkit.observe.progress import duration
@@ -39,7 +40,7 @@ INTERVALS.add("reward_model/eval_accuracy")
 TITLES = {"reward_model": "reward model", "evaluate": "evaluation"}
 
 
-def closing_words(summary: dict, folder: Path, stages: list[str], report: str = "") -> str:
+def closing_words(summary: dict[str, Any], folder: Path, stages: list[str], report: str = "") -> str:
     """Plain text for the terminal; `stages`: those of this run, in order; `report`: a line on its report.html."""
     lines = ["", *table(summary)]
     comparison = folder / "evaluate" / "comparison.json"
@@ -72,7 +73,7 @@ def as_typed(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def table(summary: dict) -> list[str]:
+def table(summary: dict[str, Any]) -> list[str]:
     """The rows that this run has, aligned."""
     rows = []
     for stage, label, key, form in ROWS:

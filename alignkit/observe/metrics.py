@@ -88,7 +88,7 @@ class Metrics(Mapping[str, Metric]):
         held = self._values.get(name, value)
         if type(held) is not type(value):
             raise TypeError(f"metric {name!r} is a {type(held).__name__}, not a {type(value).__name__}")
-        self._values[name] = value if held is value else held.merge(value)
+        self._values[name] = value if held is value else held.merge(value)  # type: ignore[arg-type]  # of one kind
 
     def merge(self, other: "Metrics") -> "Metrics":
         merged = Metrics(self)
@@ -123,7 +123,7 @@ class Metrics(Mapping[str, Metric]):
         reduced = {name: self[name].from_parts(from_sums, from_maxima) for name in sorted(self)}
         return Metrics({name: reduced[name] for name in self})
 
-    def values(self) -> dict[str, float]:
+    def values(self) -> dict[str, float]:  # type: ignore[override]  # no view of metrics: what they come to
         """Plain numbers, ready to be logged; `items()` gives the metrics themselves. A mean over nothing has no value
         and is left out."""
         results = {name: metric.result() for name, metric in self.items()}

@@ -7,7 +7,7 @@ which the colour-blind can tell apart; series differ in marker and dash too. Lig
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Literal
@@ -58,12 +58,7 @@ def line_chart(
     )
 
 
-def histogram(groups: dict[str, Sequence[float]], x_label: str = "", bins: int = 24, title: str = "") -> str:
-    """Each group's share of values in each bin, as steps on common bins."""
-    return line_chart(histogram_series(groups, bins), x_label, "share of each group", title)
-
-
-def histogram_series(groups: dict[str, Sequence[float]], bins: int = 24) -> list[Series]:
+def histogram_series(groups: Mapping[str, Sequence[float]], bins: int = 24) -> list[Series]:
     """Edges of `bins` equal bins over all groups, and each group's shares, the last one repeated at the last edge."""
     values = [v for group in groups.values() for v in group if math.isfinite(v)]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
@@ -113,9 +108,9 @@ class _Axes:
     def draw(self, x_label: str, y_label: str) -> str:
         parts, bottom = [], self.height - BOTTOM
         for value in self.xs:
-            at = f"{self.x(value):.1f}"
-            parts.append(f'<path class="grid" d="M{at} {self.top}V{bottom}"/>')
-            parts.append(f'<text x="{at}" y="{bottom + 16}" text-anchor="middle">{number_text(value)}</text>')
+            at = self.x(value)
+            parts.append(f'<path class="grid" d="M{at:.1f} {self.top}V{bottom}"/>')
+            parts.append(f'<text x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{number_text(value)}</text>')
         for value in self.ys:
             at = self.y(value)
             parts.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')

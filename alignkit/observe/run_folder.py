@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from alignkit.observe.tracking import STEP_KEYS
 
@@ -62,8 +62,8 @@ class StageFolder:
     def column(self, name: str) -> tuple[list[float], list[float]]:
         """Step and value of the rows that have a finite number of this name (without the stage)."""
         key = f"{self.stage}/{name}"
-        found = [(row.get(self.step_key), row.get(key)) for row in self.metrics]
-        found = [(x, y) for x, y in found if is_number(x) and is_number(y)]
+        pairs = ((row.get(self.step_key), row.get(key)) for row in self.metrics)
+        found = [(x, y) for x, y in pairs if is_number(x) and is_number(y)]
         return [x for x, _ in found], [y for _, y in found]
 
 
@@ -132,6 +132,6 @@ def json_lines(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """A finite number, and no truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -2,8 +2,8 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from alignkit.observe.charts import interval_chart
 from alignkit.observe.plot import Series, line_chart
@@ -132,10 +132,10 @@ def thinned(x: Sequence[float], y: Sequence[float], points: int = POINTS) -> tup
     return [statistics.fmean(x[i : i + size]) for i in cut], [statistics.fmean(y[i : i + size]) for i in cut]
 
 
-def win_rates(figures: dict[str, float]) -> str:
+def win_rates(figures: Mapping[str, Any]) -> str:
     """The win rates of an evaluation with their intervals, as SVG; "" without."""
     rows = [
-        (name, figures[key], *(figures.get(f"{key}_{end}", math.nan) for end in ("low", "high")))
+        (name, figures[key], figures.get(f"{key}_low", math.nan), figures.get(f"{key}_high", math.nan))
         for key, name in RATES.items()
         if figures.get(key) is not None
     ]

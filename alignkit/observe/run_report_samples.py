@@ -43,7 +43,8 @@ def _table(
     columns = [(name, key) for name, key in columns if any(row.get(key) is not None for row in rows)]
     marks = _marks(rows, score, length)
     order = [*marks, *(number for number in range(len(rows)) if number not in marks)]
-    shown, size = [], 0
+    shown: list[list[Cell]] = []
+    size = 0
     for number in order[:ROWS]:
         cells = [_cell(key, rows[number].get(key), marks.get(number, ())) for _, key in columns]
         size += sum(len(html(cell.text).encode()) for cell in cells)

@@ -120,8 +120,8 @@ def _far_from_target(stage: StageFolder) -> list[str]:
 def _over_optimised(stage: StageFolder) -> list[str]:
     """Gold scores known while training: whether they fell from their best fifth to the last, by more than twice the
     standard error of the difference, while the score that is optimised rose."""
-    rows = [(row.get("ppo/score_mean"), row.get("ppo/gold_mean"), row.get("ppo/kl")) for row in stage.metrics]
-    rows = [row for row in rows if all(map(is_number, row))]
+    found = ((row.get("ppo/score_mean"), row.get("ppo/gold_mean"), row.get("ppo/kl")) for row in stage.metrics)
+    rows = [(s, g, k) for s, g, k in found if is_number(s) and is_number(g) and is_number(k)]
     if len(rows) < FEWEST:
         return []
     size = max(len(rows) // 5, 2)

@@ -1,6 +1,6 @@
 """Where a run is tracked."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from alignkit.observe.alerts import Limits
 from alignkit.schema import section, settings
@@ -26,4 +26,4 @@ class TrackingSettings:
     tags: list[str]
     notes: str | None
     artifacts: Literal["none", "reference", "upload"]
-    alerts: section(Limits)
+    alerts: Annotated[Limits, section(Limits)]

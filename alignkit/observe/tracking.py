@@ -110,7 +110,7 @@ class Tracker:
     def alerts(self) -> dict[str, str]:
         """alert_<kind> -> what was told, of this stage so far; on the main process only."""
         start = f"{self.stage}/alert_"
-        return {name.partition("/")[2]: text for name, text in self._held().items() if name.startswith(start)}
+        return {name.partition("/")[2]: str(text) for name, text in self._held().items() if name.startswith(start)}
 
     def position(self) -> dict[str, int]:
         """Bytes of metrics.jsonl and samples.jsonl so far, on the disk when this returns: what `rewind` takes."""
@@ -127,7 +127,7 @@ class Tracker:
             if self.is_main and file.exists():
                 os.truncate(file, position.get(file.name, 0))
         self._sent.again()
-        self._watch.early = self.history()[:EARLY]
+        self._watch.early = [*self.history()[:EARLY]]
 
     def history(self) -> list[dict[str, float]]:
         """The rows of metrics.jsonl as they were logged, without step and time; on the main process only."""

@@ -1,5 +1,7 @@
 """Hugging Face trainers report through our tracker: their own W&B callback overwrites config and step axes."""
 
+from typing import Any
+
 from transformers import TrainerCallback
 
 from alignkit.observe.tracking import Tracker
@@ -14,7 +16,7 @@ class _Reporter(TrainerCallback):
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Names stay as the trainer has them ("loss", "eval_loss"); the last row's totals of the run are no series."""
         values = {
             name: value

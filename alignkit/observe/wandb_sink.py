@@ -65,7 +65,7 @@ class WandbSink:
         if self._table is None:
             import wandb
 
-            columns = list(dict.fromkeys(name for row in rows for name in row))
+            columns: list[str | int] = list(dict.fromkeys(name for row in rows for name in row))
             self._table = wandb.Table(columns=columns, log_mode="INCREMENTAL", allow_mixed_types=True)
         for row in rows:
             self._table.add_data(*(_cell(row.get(name)) for name in self._table.columns))
@@ -204,7 +204,7 @@ def draw_lines(run: Mapping[str, str | None], folder: Path, items: Sequence[Item
 
     wandb.teardown()
     held = _set_environment(_self_contained(folder))
-    place = {name: run[name] for name in ("id", "project", "entity")}
+    place: dict[str, Any] = {name: run[name] for name in ("id", "project", "entity")}
     settings = _supported(wandb.Settings, upload=product is not None)
     try:
         taken_up = wandb.init(**place, dir=str(folder), mode="online", resume="must", settings=settings)
@@ -227,7 +227,7 @@ def _init(mode: str, identity: Mapping[str, Any], upload: bool = False) -> Any:
     sys.argv = redacted(words)  # wandb notes the command line
     try:
         # `resume` continues the run of this id where an interrupted stage is taken up again; offline it has no effect.
-        options = {"mode": mode, "resume": "allow", "reinit": "finish_previous"}
+        options: dict[str, Any] = {"mode": mode, "resume": "allow", "reinit": "finish_previous"}
         return wandb.init(**identity, **options, settings=_supported(wandb.Settings, upload))
     finally:
         sys.argv = words

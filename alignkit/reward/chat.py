@@ -62,6 +62,7 @@ class ChatJudge:
 
     def open(self, folder: Path | None, encoder: Encoder, cluster: Cluster) -> ChatComparer:
         """Ready to ask, on every rank for its own pairs."""
+        assert self.url is not None
         headers = {"Content-Type": "application/json"}
         if self.token_env is not None:
             headers["Authorization"] = f"Bearer {os.environ[self.token_env].strip()}"
@@ -104,7 +105,7 @@ def letter(body: bytes) -> float:
     """The verdict in a chat completion. Raises Unscored if there is none."""
     try:
         text = json.loads(body)["choices"][0]["message"]["content"]
-        return WON[re.search(r"\b([ABC])\b", text).group(1)]
-    except (ValueError, LookupError, TypeError, AttributeError):
+        return WON[re.findall(r"\b[ABC]\b", text)[0]]
+    except (ValueError, LookupError, TypeError):
         start = body[:200].decode("utf-8", "replace").replace("\n", " ")
         raise Unscored(f"answered neither A, B nor C in a chat completion, but {start!r}") from None

@@ -20,7 +20,7 @@ def open_members(
 ) -> dict[str, RewardSource | CombinedSource]:
     """All members, opened in the order of their names on every rank, as models are sharded over all of them together.
     A member with a path reads that folder, one without the reward model of the chain. Raises UserError."""
-    opened = {}
+    opened: dict[str, RewardSource | CombinedSource] = {}
     for name in sorted(members):
         path = getattr(members[name], "path", None)
         try:

@@ -44,6 +44,7 @@ class Function:
 
     def open(self, folder: Path | None, encoder: Encoder, cluster: Cluster) -> OutsideSource:
         """Ready to call, on every rank for its own rows."""
+        assert self.function is not None
         module, _, name = self.function.rpartition(".")
         call = InTime(getattr(importlib.import_module(module), name), self.timeout, cluster.device)
         return OutsideSource(self.function, call, self.batch, self.on_failure)
@@ -59,7 +60,7 @@ class InTime:
 
     def __call__(self, prompts: list[Prompt], responses: list[str], finished: list[bool]) -> Any:
         """What the function answers or raises; Unscored if it is late."""
-        answer: Future = Future()
+        answer: Future[Any] = Future()
         threading.Thread(target=self._run, args=(answer, prompts, responses), daemon=True).start()
         try:
             return answer.result(self.timeout)
@@ -68,7 +69,7 @@ class InTime:
                 raise
             raise Unscored(f"no answer within {self.timeout:g} s") from None
 
-    def _run(self, answer: Future, prompts: list[Prompt], responses: list[str]) -> None:
+    def _run(self, answer: Future[Any], prompts: list[Prompt], responses: list[str]) -> None:
         import torch
 
         if self.device.type == "cuda":

@@ -62,6 +62,7 @@ class Http:
 
     def open(self, folder: Path | None, encoder: Encoder, cluster: Cluster) -> OutsideSource:
         """Ready to ask, on every rank for its own rows."""
+        assert self.url is not None
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.token_env is not None:
             headers["Authorization"] = f"Bearer {os.environ[self.token_env].strip()}"

@@ -53,7 +53,9 @@ class TextJudge:
 def _by_gold(corpus: Corpus) -> Callable[[list[Prompt], list[str]], Tensor]:
     import torch
 
-    return lambda prompts, texts: torch.tensor([corpus.gold(p, t) for p, t in zip(prompts, texts)]).double()
+    gold = corpus.gold
+    assert gold is not None
+    return lambda prompts, texts: torch.tensor([gold(p, t) for p, t in zip(prompts, texts)]).double()
 
 
 def _by_bag_of_words(corpus: Corpus) -> Callable[[list[Prompt], list[str]], Tensor]:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from alignkit.data.tokens import Encoder
-    from alignkit.models.scalar import ScalarModel
     from alignkit.models.settings import PeftSettings
     from alignkit.reward.rendered import RenderedSource
     from alignkit.reward.source import Answers
@@ -52,18 +51,19 @@ class RewardModel:
             scorer = cluster.place(lambda: open_scalar(model_folder(folder)), trainable=False)
             return RenderedSource(scorer, mean, std, theirs, cluster)
 
-        def fresh_value() -> ScalarModel:
+        def fresh_value() -> nn.Module:
             value = load_scalar(model_folder(folder), encoder)
             value.absorb_affine(mean, std)
             return value
 
-        def both() -> SharedScalar:
-            shared = SharedScalar(load_scalar(model_folder(folder), encoder).classifier, peft)
-            disable_dropout(shared.classifier)
-            shared.absorb_affine(mean, std)
-            return shared
-
         if peft is not None:
+
+            def both() -> SharedScalar:
+                shared = SharedScalar(load_scalar(model_folder(folder), encoder).classifier, peft)
+                disable_dropout(shared.classifier)
+                shared.absorb_affine(mean, std)
+                return shared
+
             shared = cluster.place(both, trainable=True)
             return ModelSource(shared.score, mean, std, cluster, lambda: shared)
         scorer = cluster.place(lambda: load_scalar(model_folder(folder), encoder), trainable=False)

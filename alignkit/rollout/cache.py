@@ -1,6 +1,8 @@
 """A key-value cache with room for the whole response: a new token is written into it, where transformers' own one
 copies all keys and values of a layer for every token."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -21,11 +23,14 @@ def room_for(config: PreTrainedConfig, tokens: int) -> DynamicCache:
 class RoomyLayer(DynamicLayer):
     """Keys and values [B, heads, tokens so far, width] as the first columns of buffers with room for `room` tokens."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, room: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.room = room
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the new columns; returns all so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -39,7 +44,7 @@ class RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only keep the given rows."""
-        self.keys = self.values = None
+        del self.keys, self.values
         for place in (0, 1):  # one after the other, so that only one is there twice
             kept = self._buffer(self.buffers[place], rows=len(indices))
             kept[..., : self.filled, :] = self.buffers[place][..., : self.filled, :][indices]

@@ -11,15 +11,15 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from alignkit.rollout.engine import check_lengths, rollout_of
 from alignkit.schema import Count, CountOrZero, Positive, settings
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
-    from transformers import StaticCache
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 
     from alignkit.algo.sampling import SamplingRule
     from alignkit.algo.types import PromptBatch, Rollout
@@ -48,8 +48,9 @@ class Compiled:
             raise ValueError(f"unshard={self.unshard}: the copy that samples is whole on every rank; native is not")
 
     def generate(
-        self, model: nn.Module, prompts: PromptBatch, rule: SamplingRule, noise: Tensor, go_on: Callable[[bool], bool]
-    ) -> Rollout:
+        self, model: PreTrainedModel, prompts: PromptBatch, rule: SamplingRule, noise: Tensor,
+        go_on: Callable[[bool], bool],
+    ) -> Rollout:  # fmt: skip
         """Sample one response to each prompt; see `RolloutEngine.generate`."""
         import torch
 
@@ -67,12 +68,12 @@ class Compiled:
 class Copy:
     """A model of its own with one step that is compiled, and the cache of the last shape (rows, room)."""
 
-    model: nn.Module
+    model: PreTrainedModel
     step: Callable[..., Tensor]
     cache: StaticCache | None = None
     shape: tuple[int, int] = (0, 0)
 
-    def take(self, model: nn.Module) -> None:
+    def take(self, model: PreTrainedModel) -> None:
         """Copy the weights of `model`, in place."""
         from alignkit.rollout.handover import merged_weights
 
@@ -118,7 +119,7 @@ class Copy:
     def _cache(self, rows: int, room: int) -> StaticCache:
         from transformers import StaticCache
 
-        if self.shape != (rows, room):
+        if self.cache is None or self.shape != (rows, room):
             self.cache = None  # before there is another
             self.cache, self.shape = StaticCache(config=self.model.config, max_cache_len=room), (rows, room)
         else:
@@ -133,7 +134,7 @@ class Copy:
         return create_masks_for_generate(self.model.config, like, whole, cache, positions)
 
 
-def last_logits(model: nn.Module, tokens: Tensor, masks: Any, positions: Tensor, cache: StaticCache) -> Tensor:
+def last_logits(model: PreTrainedModel, tokens: Tensor, masks: Any, positions: Tensor, cache: StaticCache) -> Tensor:
     """Logits [B, V] of the next token."""
     return model(
         input_ids=tokens,
@@ -146,11 +147,13 @@ def last_logits(model: nn.Module, tokens: Tensor, masks: Any, positions: Tensor,
 
 
 @functools.lru_cache(maxsize=1)
-def _copy(config: str, kind: type, device: torch.device, dtype: torch.dtype, compiled: bool) -> Copy:
+def _copy(config: str, kind: type[PreTrainedModel], device: torch.device, dtype: torch.dtype, compiled: bool) -> Copy:
     import torch
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
-        model = kind._from_config(kind.config_class.from_dict(json.loads(config)), dtype=dtype)
+        model = kind._from_config(
+            cast("type[PreTrainedConfig]", kind.config_class).from_dict(json.loads(config)), dtype=dtype
+        )
     model.requires_grad_(False).eval()
     # Each shape (rows, room) is compiled once; after torch's own limit of 8 it would go on uncompiled without a word.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
@@ -158,7 +161,7 @@ def _copy(config: str, kind: type, device: torch.device, dtype: torch.dtype, com
     return Copy(model, torch.compile(last_logits, mode=mode, dynamic=False) if compiled else last_logits)
 
 
-def copy_of(model: nn.Module, options: Compiled) -> Copy:
+def copy_of(model: PreTrainedModel, options: Compiled) -> Copy:
     """The copy for models of this class and config, made at the first call; one at a time in a process."""
     kind = next(each for each in type(model).__mro__ if not each.__name__.startswith("FSDP"))
     weight = next(model.parameters())

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
     from alignkit.algo.sampling import SamplingRule
     from alignkit.algo.types import PromptBatch, Rollout
@@ -42,15 +43,19 @@ class RolloutEngine(Protocol):
     temperature > 0; min_response and max_response in tokens; unshard: needs all weights on every rank.
     """
 
-    temperature: float
-    min_response: int
-    max_response: int
-
-    unshard: bool
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def min_response(self) -> int: ...
+    @property
+    def max_response(self) -> int: ...
+    @property
+    def unshard(self) -> bool: ...
 
     def generate(
-        self, model: nn.Module, prompts: PromptBatch, rule: SamplingRule, noise: Tensor, go_on: Callable[[bool], bool]
-    ) -> Rollout:
+        self, model: PreTrainedModel, prompts: PromptBatch, rule: SamplingRule, noise: Tensor,
+        go_on: Callable[[bool], bool],
+    ) -> Rollout:  # fmt: skip
         """Sample one response to each prompt. noise [B, max_response] in (0, 1) decides every token
         (in an engine that draws by itself, its first column the seed).
 

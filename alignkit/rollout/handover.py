@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,6 +24,6 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         owner, _, part = name.rpartition(".")
         if name.startswith(inside) or part == "bias_offset":
             continue
-        layer = model.get_submodule(owner)
-        bitfit = part == "bias" and hasattr(layer, "bias_offset") and not layer._disable_adapters
-        yield name, value + layer.bias_offset if bitfit else value
+        here: Any = model.get_submodule(owner)
+        bitfit = part == "bias" and hasattr(here, "bias_offset") and not here._disable_adapters
+        yield name, value + here.bias_offset if bitfit else value

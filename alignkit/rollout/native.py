@@ -13,7 +13,8 @@ from alignkit.rollout.engine import check_lengths, rollout_of
 from alignkit.schema import Count, CountOrZero, Positive, settings
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
     from alignkit.algo.sampling import SamplingRule
     from alignkit.algo.types import PromptBatch, Rollout
@@ -36,8 +37,9 @@ class Native:
         check_lengths(self)
 
     def generate(
-        self, model: nn.Module, prompts: PromptBatch, rule: SamplingRule, noise: Tensor, go_on: Callable[[bool], bool]
-    ) -> Rollout:
+        self, model: PreTrainedModel, prompts: PromptBatch, rule: SamplingRule, noise: Tensor,
+        go_on: Callable[[bool], bool],
+    ) -> Rollout:  # fmt: skip
         """Sample one response to each prompt; see `RolloutEngine.generate`."""
         import torch
 
@@ -49,8 +51,9 @@ class Native:
 
 
 def decode(
-    model: nn.Module, tokens: Tensor, mask: Tensor, rule: SamplingRule, noise: Tensor, go_on: Callable[[bool], bool]
-) -> tuple[Tensor, Tensor]:
+    model: PreTrainedModel, tokens: Tensor, mask: Tensor, rule: SamplingRule, noise: Tensor,
+    go_on: Callable[[bool], bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Responses [B, R] to prompts [B, P], R = noise.shape[1], and their log-probabilities; after its stop token a row
     holds PAD. go_on: whether there is another step, from whether a row here is still running."""
     import torch

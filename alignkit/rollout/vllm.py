@@ -22,8 +22,8 @@ from alignkit.rollout.engine import check_lengths, rollout_of
 from alignkit.schema import Count, CountOrZero, Positive, Proportion, settings
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from transformers import PreTrainedConfig
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from alignkit.algo.sampling import SamplingRule
     from alignkit.algo.types import PromptBatch, Rollout
@@ -61,8 +61,9 @@ class VLLM:
             raise ValueError(f"unshard={self.unshard}: vLLM takes whole weights on every rank; native can do without")
 
     def generate(
-        self, model: nn.Module, prompts: PromptBatch, rule: SamplingRule, noise: Tensor, go_on: Callable[[bool], bool]
-    ) -> Rollout:
+        self, model: PreTrainedModel, prompts: PromptBatch, rule: SamplingRule, noise: Tensor,
+        go_on: Callable[[bool], bool],
+    ) -> Rollout:  # fmt: skip
         """Sample one response to each prompt; see `RolloutEngine.generate`."""
         import torch
 
@@ -103,7 +104,7 @@ def draw(engine: Any, prompts: PromptBatch, rule: SamplingRule, noise: Tensor) -
     return [(tokens, [at[token].logprob for at, token in zip(places, tokens)]) for tokens, places in drawn]
 
 
-def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def whole_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Names and values as the base is saved, tied ones under each of their names: vLLM keeps a tied head apart."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -113,10 +114,10 @@ def whole_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from revert_weight_conversion(model, {name: value}).items()
 
 
-_held: dict[tuple, Any] = {}
+_held: dict[tuple[Any, ...], Any] = {}
 
 
-def engine_of(model: nn.Module, options: VLLM) -> Any:
+def engine_of(model: PreTrainedModel, options: VLLM) -> Any:
     """The engine for models of this config and dtype, made at the first call and kept: one at a time in a process."""
     config, dtype = copy.deepcopy(model.config), str(next(model.parameters()).dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__.removeprefix("FSDP")]  # a model that is split is of a class of its own

@@ -116,7 +116,7 @@ def open_artifact(path: str, stages: Sequence[str] = ()) -> Artifact:
     if (folder / "manifest.json").is_file() and not (folder / "config.json").is_file():
         manifest = _manifest(folder)
         lost = ["manifest.json"] if manifest is None else _lost_files(folder, manifest)
-        if lost:
+        if manifest is None or lost:
             raise UserError(f"'{path}' is damaged: {lost[0]} is missing, cut off or changed; make it again")
         if stages and manifest["stage"] not in stages:
             raise UserError(f"'{path}' is the product of {manifest['stage']}; expected one of {' or '.join(stages)}")

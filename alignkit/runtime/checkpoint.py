@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ class Writing:
 
     step: int
     facts: dict[str, Any]
-    files: Future
+    files: Future[Any]
 
 
 class Checkpoints:
@@ -82,9 +82,9 @@ class Checkpoints:
         aside = self._aside(step)
         self._on_main(lambda: shutil.rmtree(aside, ignore_errors=True))
         facts = facts | self._everywhere()
-        files: Future = Future()
+        files: Future[Any] = Future()
         try:
-            written = dcp.async_save(tensors, checkpoint_id=aside, process_group=self._group)
+            written: Any = dcp.async_save(tensors, checkpoint_id=aside, process_group=self._group)
             written.add_done_callback(lambda result: self._hash_own(result, aside, files))
         except (Exception, CheckpointException) as error:
             files.set_exception(error)
@@ -173,7 +173,7 @@ class Checkpoints:
         """What belongs into every checkpoint: each rank's generators, and where the stage's files stand."""
         return {"random": self._gather(random_state()), "position": self.tracker.position()}
 
-    def _hash_own(self, written: Future, aside: Path, files: Future) -> None:
+    def _hash_own(self, written: Future[Any], aside: Path, files: Future[Any]) -> None:
         """In the writer's thread: size and digest of the files that this rank wrote. If that failed they go at once, as
         a full disk has to take the next row of the metrics."""
         own: list[Path] = []
@@ -205,7 +205,7 @@ class Checkpoints:
         return good
 
     def _prune(self) -> None:
-        self._on_main(lambda: [shutil.rmtree(old) for old in self._steps()[: -self.settings.keep_last]])
+        self._on_main(lambda: [*map(shutil.rmtree, self._steps()[: -self.settings.keep_last])])
 
     def _steps(self) -> list[Path]:
         """The checkpoint folders in order of their steps."""
@@ -244,7 +244,7 @@ def _cause(fault: BaseException | None) -> str:
     return f"a file could not be written, as on a full disk: {text}" if hidden else text
 
 
-def leaves(node: Mapping[str, Any], prefix: str = ""):
+def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of every setting."""
     for key, value in node.items():
         if isinstance(value, Mapping):

@@ -11,16 +11,16 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alignkit.errors import UserError
@@ -57,22 +57,23 @@ def compose_and_call(
     faults: list[OmegaConfBaseException] = []
     here, stamp, typed = HERE, STAMP, list(sys.argv)  # as they are now: another process has others
 
-    def task(composed) -> float | tuple[float, ...] | None:
+    def task(composed: DictConfig) -> float | tuple[float, ...] | None:
         if faults or any(code >= 128 for code in codes):
             return None
         try:
-            raw = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+            raw = plain(composed)
         except OmegaConfBaseException as error:  # raised from here, Hydra would print a line of its own
             if not _is_here(here):
                 raise JobFailed(" ".join(str(error).split()), 2) from None
             faults.append(error)
             return None
-        if HydraConfig.get().mode is not None and HydraConfig.get().mode.name == "MULTIRUN":
+        if (mode := HydraConfig.get().mode) is not None and mode.name == "MULTIRUN":
             raw["name"] = job_name(raw["name"] or f"{name}-{stamp}", typed)
         codes.append(call(raw) if _is_here(here) else _call_elsewhere(call, raw))
         return sweep_figures(name, raw) if check and not codes[-1] else None
 
-    task.sweep = sweep = Sweep(name, typed, f"{name}-{stamp}", check)  # for the launcher
+    sweep = Sweep(name, typed, f"{name}-{stamp}", check)
+    vars(task)["sweep"] = sweep  # for the launcher
     _register_launcher()
     if other := [word.partition("=")[2] for word in typed if word.startswith("hydra/launcher=")]:
         print(f"the jobs are run by {other[-1]}, and what they say is in its logs (RUNS_DIR/.sweeps)", flush=True)
@@ -182,7 +183,7 @@ def _unknown_key(key: str, conf: Path, name: str) -> str:
     keys: list[str] = []
     try:
         with hydra.initialize_config_dir(str(conf), version_base="1.3"):
-            keys = list(_leaves(OmegaConf.to_container(hydra.compose(name))))
+            keys = list(_leaves(plain(hydra.compose(name), resolve=False)))
     except (HydraException, OmegaConfBaseException):
         pass
     near = difflib.get_close_matches(key, keys, n=3, cutoff=0.7)
@@ -205,7 +206,12 @@ def _options(conf: Path, group: str) -> list[str]:
     return sorted(file.stem for file in (conf / group).glob("*.yaml"))
 
 
-def _leaves(node: dict, prefix: str = ""):
+def plain(node: DictConfig | ListConfig, resolve: bool = True) -> dict[str, Any]:
+    """Composed settings as plain ones; what is still missing stays `???`."""
+    return cast(dict[str, Any], OmegaConf.to_container(node, resolve=resolve, throw_on_missing=False))
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in node.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):
@@ -218,7 +224,7 @@ def read_option(group: str, name: str) -> dict[str, Any]:
     options = _options(conf_dir(), group)
     if name not in options:
         raise UserError(f"{group}={name}: no such option; options: {', '.join(options)}")
-    return OmegaConf.to_container(OmegaConf.load(conf_dir() / group / f"{name}.yaml"))
+    return plain(OmegaConf.load(conf_dir() / group / f"{name}.yaml"), resolve=False)
 
 
 def as_yaml(raw: dict[str, Any]) -> str:

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.dataclasses import is_pydantic_dataclass
+from pydantic_core import ErrorDetails
 
 from alignkit.algo.shaping import Shaping
 from alignkit.errors import UserError
@@ -135,7 +136,7 @@ def load(raw: dict[str, Any]) -> RunConfig:
     for field in dataclasses.fields(RunConfig):
         if field.name in raw and field.name not in SETTINGS and field.name not in STRATEGIES:
             try:
-                parts[field.name] = TypeAdapter(field.type).validate_python(raw[field.name], strict=True)
+                parts[field.name] = TypeAdapter(cast(Any, field.type)).validate_python(raw[field.name], strict=True)
             except ValidationError as error:
                 faults += [_fault(field.name, item, []) for item in error.errors()]
     trusted = parts.get("trusted") or []
@@ -159,7 +160,7 @@ def _section(path: str, cls: type, values: Any, faults: list[str]) -> Any:
         return None
     names = [field.name for field in dataclasses.fields(cls)]
     if not is_pydantic_dataclass(cls):  # a user's plain dataclass is checked by the same rules
-        frozen = cls.__dataclass_params__.frozen  # a frozen class cannot have a subclass that is not
+        frozen = cast(Any, cls).__dataclass_params__.frozen  # a frozen class cannot have a subclass that is not
         cls = pydantic_dataclass(config=ConfigDict(extra="forbid", strict=True), frozen=frozen)(cls)
     unknown = [key for key in values if key not in names]
     faults += [_unknown(path, key, names) for key in unknown]
@@ -236,7 +237,7 @@ def _code(path: str, target: str, trusted: list[str], faults: list[str]) -> Any:
     return None
 
 
-def _fault(path: str, item: dict, names: list[str]) -> str:
+def _fault(path: str, item: ErrorDetails, names: list[str]) -> str:
     """One line of pydantic's report in our words: path, what was expected, what was got."""
     place = ".".join([path, *(str(part) for part in item["loc"] if isinstance(part, int) or part in names)])
     message = item["msg"].removeprefix("Value error, ")

@@ -40,7 +40,7 @@ def with_words(raw: dict[str, Any], words: list[str]) -> dict[str, Any]:
     raw = with_changes(raw, {group: read_option(group, name) for group, name in options})
     for key, value in (parsed(word, "evaluate") for word in words if word not in groups):
         *path, last = key.split(".")
-        node = raw
+        node: Any = raw
         for name in path:
             node = node.get(name) if isinstance(node, dict) else None
         if not isinstance(node, dict) or last not in node:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import textwrap
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -170,7 +170,7 @@ def _hint(key: str, recipes: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else "alignkit explain lists recipes, presets and groups"
 
 
-def _rows(title: str, rows: list[tuple[str, ...]]) -> list[str]:
+def _rows(title: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
     """A titled table after an empty line; what is too wide for its column or for the terminal is cut."""
     short = [tuple(_cut(cell, 44) for cell in row[:-1]) for row in rows]
     widths = [max(len(row[n]) for row in short) for n in range(len(short[0]))] if rows else []

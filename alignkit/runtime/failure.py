@@ -48,7 +48,7 @@ def _order(report: dict[str, Any]) -> tuple[bool, float]:
     return bool(alone or ended), report["time"]
 
 
-def failure(folder: Path, reports: list[dict[str, Any]], code: int) -> StageFailed:
+def failure(folder: Path, reports: list[dict[str, Any]], code: int | None) -> StageFailed:
     """The cause of a stage's end. code: of torch.distributed.run here, in case that nobody left a report."""
     stage, logs = folder.name.split("-")[0], folder / "logs"
     if not reports and (logs / "interrupted.json").is_file():

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 
 def die_with_parent(signal_number: int) -> None:
@@ -47,7 +48,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def _write(report: str, entries: list[dict]) -> None:
+def _write(report: str, entries: list[dict[str, Any]]) -> None:
     fresh = Path(f"{report}.new")
     fresh.write_text(json.dumps(entries), encoding="utf-8")
     fresh.replace(report)

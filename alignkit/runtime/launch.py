@@ -135,7 +135,7 @@ class Group:
 
     def __init__(self, job_file: Path, launch: LaunchSettings, num_parameters: int | None, port: int | None) -> None:
         self.logs, machine = job_file.parent / "logs", launch.machine
-        where = ["--standalone"]
+        where: list[Any] = ["--standalone"]
         if port is not None:
             where = ["--nnodes", launch.machines, "--node-rank", machine]
             where += ["--master-addr", address(launch.rendezvous)[0], "--master-port", port]
@@ -208,7 +208,7 @@ def worker_environment(launch: LaunchSettings, num_parameters: int | None) -> di
     return environment
 
 
-def _echo(source, log) -> None:
+def _echo(source: Any, log: Any) -> None:
     """Copy what the ranks print to this terminal and to the log, as it comes."""
     decoder, live = codecs.getincrementaldecoder("utf-8")(errors="replace"), False
     while chunk := source.read1(65536):

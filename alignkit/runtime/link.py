@@ -26,7 +26,7 @@ class Link:
     def __init__(self, connection: socket.socket, on_signal: Callable[[int, bool], None] | None = None) -> None:
         connection.settimeout(SILENCE)
         self._socket, self._on_signal = connection, on_signal
-        self._inbox: queue.SimpleQueue[dict | Lost] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[dict[str, Any] | Lost] = queue.SimpleQueue()
         self._sending, self._closed = threading.Lock(), threading.Event()
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -83,9 +83,9 @@ class Link:
         self._closed.set()
 
 
-def address(rendezvous: str) -> tuple[str, int]:
+def address(rendezvous: str | None) -> tuple[str, int]:
     """HOST:PORT, also with an IPv6 address in brackets. Raises UserError."""
-    host, _, port = rendezvous.rpartition(":")
+    host, _, port = (rendezvous or "").rpartition(":")
     if not host or not 0 < int(port) < 2**16:
         raise UserError(f"launch.rendezvous={rendezvous}: expected HOST:PORT with a port from 1 to 65535")
     return host.strip("[]"), int(port)

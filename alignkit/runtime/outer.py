@@ -97,7 +97,8 @@ def first_host(nodes: str) -> str:
 
 def tasks_per_machine(layout: str) -> list[int]:
     """Slurm's tasks of each machine: "2(x3),1" -> [2, 2, 2, 1]."""
-    counts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in layout.split(",")]
-    if None in counts:
+    matches = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in layout.split(",")]
+    counts = [match for match in matches if match]
+    if len(counts) < len(matches):
         raise UserError(f"Slurm's number of tasks cannot be read: '{layout}'; set launch.processes and launch.machines")
     return [int(count.group(1)) for count in counts for _ in range(int(count.group(2) or 1))]

@@ -8,11 +8,13 @@ which takes less than training.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from alignkit.runtime import plan_work as work
 from alignkit.runtime.config import RunConfig
-from alignkit.runtime.plan_models import Kind, Source, find_sources
+from alignkit.runtime.plan_models import Kind, Source, Task, find_sources
 from alignkit.runtime.plan_ppo import Member, ppo_phases
 from alignkit.runtime.plan_types import Footprint, Layout, Phase, most
 from alignkit.runtime.rules import TRAINS
@@ -56,7 +58,7 @@ def reward_model_phase(config: RunConfig, source: Source, layout: Layout) -> Pha
     return most("reward_model", {**moments, **optimizer_step("reward model", source, kind, layout, rest)})
 
 
-def trainer_set_up(task: str, source: Source, layout: Layout, settings) -> tuple[Kind, int | None, Footprint]:
+def trainer_set_up(task: Task, source: Source, layout: Layout, settings: Any) -> tuple[Kind, int | None, Footprint]:
     """How TRL's trainers hold a model: split by FSDP2 over several ranks, else whole, with float32 weights that
     autocast shortens on the way; and its weights, gradients and moments."""
     shards = layout.shards if layout.shards > 1 else None
@@ -74,14 +76,14 @@ def trainer_set_up(task: str, source: Source, layout: Layout, settings) -> tuple
     return kind, shards, member.rest.plus(gradients=member.gradients + buckets)
 
 
-def optimizer_step(name: str, source: Source, kind: Kind, layout: Layout, rest: Footprint) -> dict:
+def optimizer_step(name: str, source: Source, kind: Kind, layout: Layout, rest: Footprint) -> dict[str, Any]:
     """The trainers' own AdamW makes no copies; one whose moments stay in the CPU's memory brings them."""
     if not layout.offload_optimizer:
         return {}
     return {"optimizer step": {name: rest.plus(optimizer=Member(source, kind, layout).step)}}
 
 
-def micro(settings, layout: Layout) -> int:
+def micro(settings: Any, layout: Layout) -> int:
     """Rows of a trainer's micro-batch: it divides a rank's share of the batch."""
     share = max(settings.batch // layout.ranks, 1)
     return max(size for size in range(1, min(settings.microbatch, share) + 1) if share % size == 0)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -59,7 +59,7 @@ def find_sources(recipe: str, config: RunConfig) -> tuple[Source, Source]:
         )
     given = {"reward_model": ("policy",), "ppo": ("policy", "reward.path")}.get(recipe, ())
     places = {"policy": config.policy, "reward.path": getattr(config.reward, "path", None)}
-    folders = {key: places[key] for key in given if places[key]}
+    folders: dict[str, Any] = {key: places[key] for key in given if places[key]}
     policy = _read(folders["policy"], "policy", config) if "policy" in folders else _start(config)
     return policy, _read(folders["reward.path"], "reward.path", config) if "reward.path" in folders else policy
 
@@ -112,7 +112,9 @@ def _load(path: str | Path, name: str, **options: Any) -> PreTrainedConfig:
 def options() -> dict[str, ModelSettings]:
     """The options of `model` that are shipped, by name."""
     files = sorted((conf_dir() / "model").glob("*.yaml"))
-    return {file.stem: ModelSettings(**OmegaConf.to_container(OmegaConf.load(file))) for file in files}
+    return {
+        file.stem: ModelSettings(**cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file)))) for file in files
+    }
 
 
 def _sizes(spec: ModelSettings) -> dict[str, Any]:
@@ -123,12 +125,15 @@ def _words(spec: ModelSettings) -> str:
     return f"{spec.architecture}, {spec.num_layers} layers of {spec.hidden_size}"
 
 
+Task = Literal["causal", "scalar", "shared"]
+
+
 @dataclass(frozen=True)
 class Kind:
     """How a model of a run is set up. task: shared is value and reward model on one base (adapters); dtype: of its
     forward; autocast: float32 weights, cast to bfloat16 on the way; dropout: as the config has it, else none."""
 
-    task: Literal["causal", "scalar", "shared"]
+    task: Task
     trained: bool
     dtype: torch.dtype
     checkpointing: bool = False
@@ -137,11 +142,11 @@ class Kind:
 
 
 @lru_cache(maxsize=32)
-def skeleton(source: Source, kind: Kind) -> nn.Module:
+def skeleton(source: Source, kind: Kind) -> Any:
     """The model on the meta device, with its adapter where it trains one. Raises UserError if it cannot be built."""
     config = copy.deepcopy(source.config)
     config.num_labels, config.pad_token_id = 1, 0
-    factory = AutoModelForCausalLM if kind.task == "causal" else AutoModelForSequenceClassification
+    factory: Any = AutoModelForCausalLM if kind.task == "causal" else AutoModelForSequenceClassification
     adapted = kind.trained and source.peft.method != "none"
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):

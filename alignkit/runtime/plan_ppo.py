@@ -13,7 +13,7 @@ from alignkit.rollout.compiled import BLOCK, Compiled
 from alignkit.rollout.native import Native
 from alignkit.runtime import plan_work as work
 from alignkit.runtime.config import RunConfig
-from alignkit.runtime.plan_models import Kind, Source, shard_bytes, skeleton, trained
+from alignkit.runtime.plan_models import Kind, Source, Task, shard_bytes, skeleton, trained
 from alignkit.runtime.plan_types import WEIGHT, Footprint, Layout, Phase, most
 
 Moment = tuple[str, dict[str, Footprint]]
@@ -88,7 +88,7 @@ class Cast:
         shared = adapted and uses_values and scored
         scores = reward if scored else policy
 
-        def member(source: Source, task: str, *, trained: bool) -> Member:
+        def member(source: Source, task: Task, *, trained: bool) -> Member:
             kind = Kind(task, trained, layout.dtype, checkpointing=trained and layout.checkpointing)
             return Member(source, kind, layout)
 
@@ -199,6 +199,7 @@ class Cast:
     def value_update(self) -> Iterator[Moment]:
         """The same of the value model; with ppo.joint the policy's gradient waits for the common norm."""
         value, settings = self.value, self.config.ppo
+        assert value is not None
         waiting = {"gradients": self.policy.gradients} if settings.joint else {}
         gradients = {"gradients": value.gradients}
         rows, *lengths = self.micro(settings.minibatch)

@@ -20,6 +20,7 @@ from alignkit.runtime.recipe import report
 from alignkit.runtime.rules import TRAINS
 
 if TYPE_CHECKING:
+    from alignkit.runtime.config import RunConfig
     from alignkit.runtime.plan_models import Source
     from alignkit.runtime.plan_types import Footprint, Phase
 
@@ -112,7 +113,7 @@ def tell(recipe: str, raw: dict[str, Any], memory: float | None) -> int:
     return 1
 
 
-def headline(recipe: str, config, source: Source) -> str:
+def headline(recipe: str, config: RunConfig, source: Source) -> str:
     """What is planned: recipe, model, dtype, GPUs."""
     from alignkit.runtime.plan_models import Kind, skeleton
     from alignkit.runtime.plan_types import Layout
@@ -194,7 +195,8 @@ def advice(
     yield from (line(change, size) for size, change in found)
     if found[0][0] <= usable:
         return
-    together, size = {}, now
+    together: dict[str, Any] = {}
+    size: float = now
     for _, change in found:
         together = {**change, **together}
         size = min(size, peak(together))
@@ -207,7 +209,7 @@ def advice(
 def changes(raw: dict[str, Any], phases: list[Phase], usable: float) -> Iterator[dict[str, Any]]:
     """Settings that could make the phases fit that do not."""
     over = [phase for phase in phases if phase.total > usable]
-    smaller = {}
+    smaller: dict[str, int] = {}
     for phase in over:
         key = MICROBATCH[phase.name]
         group, name = key.split(".")

@@ -66,10 +66,10 @@ class Layout:
     def of(cls, config: RunConfig) -> Layout:
         """As the settings have it."""
         launch, sharding = config.launch, config.sharding
-        sizes = {"all": launch.ranks, "machine": launch.processes}
+        sizes: dict[str | int, int] = {"all": launch.ranks, "machine": launch.processes}
         return cls(
             ranks=launch.ranks,
-            shards=sizes.get(sharding.shard_size, sharding.shard_size),
+            shards=sizes.get(sharding.shard_size, 0) or int(sharding.shard_size),
             dtype=getattr(torch, config.compute_dtype),
             checkpointing=sharding.activation_checkpointing,
             offload_frozen=sharding.offload_frozen,

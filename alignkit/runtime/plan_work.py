@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def logprobs(
         with torch.set_grad_enabled(backward):
             values, spread = response_logprobs(model, tokens, mask, mask[:, -response:], rule, entropy=entropy)
         if backward:
-            torch.autograd.backward([values.sum() + (spread.sum() if entropy else 0.0)])
+            torch.autograd.backward([values.sum() + (0.0 if spread is None else spread.sum())])
 
     return peak_of(model, call, shards, source.vocab, several=several)
 
@@ -87,7 +88,7 @@ def training(source: Source, kind: Kind, rows: int, width: int, shards: int | No
             return model.classifier(**inputs).logits.sum()
         hidden = model.base_model(**inputs).last_hidden_state
         head = model.get_output_embeddings().weight
-        return ChunkedHead.apply(hidden[:, :-1].flatten(0, 1), head, dtype).sum()
+        return ChunkedHead.apply(hidden[:, :-1].flatten(0, 1), head, dtype).sum()  # type: ignore[no-untyped-call]
 
     model.forward = forward  # as TRL does, so that the root's hooks run
     try:
@@ -137,7 +138,8 @@ def decoding(
 def cache_bytes(cache: DynamicCache) -> int:
     """2 * rows * key-value heads * tokens that there is room for * width of a head * bytes of a number, over the
     layers."""
-    kept = (getattr(layer, "buffers", None) or (layer.keys, layer.values) for layer in cache.layers)
+    layers: Any = cache.layers
+    kept = (getattr(layer, "buffers", None) or (layer.keys, layer.values) for layer in layers)
     return sum(states.nbytes for pair in kept for states in pair)
 
 
@@ -151,14 +153,14 @@ class ChunkedHead(torch.autograd.Function):
     gradients in float32."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(hidden, weight)
         ctx.dtype = dtype
         ChunkedHead.tile(hidden, weight, dtype)
         return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
         gradients = [torch.empty_like(x, dtype=torch.float32) if x.requires_grad else None for x in (hidden, weight)]
         ChunkedHead.tile(hidden, weight, ctx.dtype)

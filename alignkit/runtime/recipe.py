@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 from alignkit.errors import StageFailed, TrainingError, UserError
 from alignkit.models.settings import refuse_in_ppo, refuse_thin_chain
@@ -27,7 +28,8 @@ def recipe(name: str) -> Callable[[Callable[[Run], None]], Callable[[], None]]:
         def program() -> None:
             sys.exit(run_program(name, chain))
 
-        program.__doc__, program.chain = chain.__doc__, chain
+        program.__doc__ = chain.__doc__
+        vars(program)["chain"] = chain
         return program
 
     return decorate
@@ -61,7 +63,7 @@ def run_program(name: str, chain: Callable[[Run], None]) -> int:
         return 0
 
 
-def run_job(name: str, chain: Callable[[Run], None], raw: dict, purpose: Purpose = "new") -> int:
+def run_job(name: str, chain: Callable[[Run], None], raw: dict[str, Any], purpose: Purpose = "new") -> int:
     """Check one composed configuration and run the chain; a person's mistake or a failed stage is told in short.
     purpose: see `run.py`. On several machines only machine 0 runs the chain."""
     run, team, number, code, words = None, Team(), 0, 1, "an error in alignkit itself"
@@ -97,6 +99,7 @@ def run_job(name: str, chain: Callable[[Run], None], raw: dict, purpose: Purpose
             print(told, flush=True)
         hand_on(number)
         return code
+    assert run is not None
     print(closing_words(run.summary, run.folder, list(run.products), told), flush=True)
     return 0
 
@@ -109,7 +112,7 @@ def _report(run: Run | None, error: str) -> str:
     return report_at_end(run.folder, run.recipe, run.raw, error)
 
 
-def checked(name: str, raw: dict) -> RunConfig:
+def checked(name: str, raw: dict[str, Any]) -> RunConfig:
     """The configuration of a recipe. Raises UserError for one that cannot be run."""
     config = load(raw)
     if "ppo" in TRAINS[name]:
@@ -119,7 +122,7 @@ def checked(name: str, raw: dict) -> RunConfig:
     return config
 
 
-def check_job(name: str, raw: dict) -> str:
+def check_job(name: str, raw: dict[str, Any]) -> str:
     """All that can be known of a sweep's job before it is begun, its data and models included; gives the fingerprint of
     its data. Raises UserError for what is wrong."""
     config = checked(name, with_outer(raw))

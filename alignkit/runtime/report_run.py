@@ -35,7 +35,8 @@ def changes(recipe: str, raw: Mapping[str, Any]) -> list[Change]:
     """The settings of a run that differ from those that the recipe has with nothing typed."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
+
+    from alignkit.runtime.compose import plain
 
     program, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a job runs inside Hydra's program
     try:
@@ -43,7 +44,7 @@ def changes(recipe: str, raw: Mapping[str, Any]) -> list[Change]:
             composed = hydra.compose(recipe)
     finally:
         GlobalHydra.instance().hydra = program
-    defaults = dict(_leaves(OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)))
+    defaults = dict(_leaves(plain(composed)))
     values = dict(_leaves(raw))
     return [
         Change(key, _text(defaults, key), _text(values, key))

@@ -65,7 +65,7 @@ def changed(raw: dict[str, Any], words: list[str]) -> dict[str, Any]:
         key, value = parsed(word)
         *path, last = key.split(".")
         result = _copied(result, path)
-        node = result
+        node: Any = result
         for name in path:
             node = node.get(name) if isinstance(node, dict) else None
         if not isinstance(node, dict) or last not in node or isinstance(node[last], dict):

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from alignkit import __version__
 from alignkit.errors import UserError
@@ -82,7 +82,8 @@ class Run:
         self.summary: dict[str, Any] = {}
         self.started = time.time()
         self.facts = lineage.facts_of_work()
-        self._lock, self._note = None, note
+        self._note = note
+        self._lock: IO[str] | None = None
 
     def _open(self) -> None:
         """Make the run's folder, once a stage is to be run: until then a mistake leaves nothing behind."""
@@ -123,10 +124,10 @@ class Run:
             anew = self.config.force or name in MEASURES
             product = None if anew else self.store.find(name, digest)
             job, reused = self._job(name, label, digest, inputs, spec), product is not None
-            if reused:
-                _say(f"{label}: reused {as_typed(product.path)} (same settings and inputs; force=true runs it again)")
-            else:
+            if product is None:
                 product = self._make(job, inputs, spec)
+            else:
+                _say(f"{label}: reused {as_typed(product.path)} (same settings and inputs; force=true runs it again)")
         link(self.folder / label, product.path)
         self.products[label] = product
         self.summary = {key: value for key, value in self.summary.items() if not key.startswith(f"{label}/")}
@@ -271,7 +272,7 @@ class Run:
     def _reward_path(self) -> str | None:
         return getattr(self.config.reward, "path", None)
 
-    def _claim(self):
+    def _claim(self) -> IO[str]:
         """The run's folder, held by this process alone until it ends."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ def serve_command(words: list[str]) -> int:
         server = open_server(options.folder, options.host, options.port, options.normalise, options.batch)
     except UserError as error:
         return report(str(error), 2)
-    host, port = server.server_address[:2]
+    host, port = map(str, server.server_address[:2])
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/score"
     print(f"serving {shlex.quote(options.folder)} at {url}; Ctrl-C ends it\n\n"
           f"  alignkit ppo policy=FOLDER reward=http reward.url={url}\n", flush=True)  # fmt: skip
@@ -99,7 +99,7 @@ def rows_of(body: bytes) -> tuple[list[Prompt], list[str], list[bool]]:
     if not isinstance(request, dict) or not {"prompts", "responses"} <= request.keys():
         raise Malformed('expected {"prompts": [...], "responses": [...]}')
     prompts, responses = request["prompts"], request["responses"]
-    finished = request.get("finished", [True] * len(responses) if isinstance(responses, list) else None)
+    finished: Any = request.get("finished", [True] * len(responses) if isinstance(responses, list) else None)
     kinds = {"responses": (responses, lambda row: isinstance(row, str), "texts"),
              "prompts": (prompts, _is_prompt, "texts or lists of chat messages"),
              "finished": (finished, lambda row: isinstance(row, bool), "true or false")}  # fmt: skip

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,12 +26,14 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 
 from alignkit.algo.batching import Hand, deal, token_cuts
 from alignkit.errors import UserError
 from alignkit.models.loading import skeletons
 from alignkit.models.policy import read_logprobs
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class Cluster:
             else:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         world = dist.get_world_size()
-        shards = {"all": world, "machine": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}.get(shard_size, shard_size)
+        shares: dict[str | int, int] = {"all": world, "machine": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}
+        shards = shares.get(shard_size, 0) or int(shard_size)
         if world % shards:
             raise UserError(f"{world} ranks must be a multiple of sharding.shard_size={shards}")
         shape, names = (
@@ -96,7 +99,7 @@ class Cluster:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def place(self, load: Callable[[], nn.Module], *, trainable: bool) -> nn.Module:
+    def place(self, load: Callable[[], Model], *, trainable: bool) -> Model:
         """The model that `load` gives, sharded as by `shard`, without any rank holding all of it: rank 0 reads the
         weights, which stay in their file until they are sent, one at a time; the others know no more than the shapes.
         """
@@ -107,7 +110,7 @@ class Cluster:
             model = load()
         model = self.shard(model, trainable=trainable)
         home = torch.device("cpu") if self.offload_frozen and not trainable else self.device
-        model._apply(lambda held: torch.empty_like(held, device=home) if held.is_meta else held)
+        cast(Any, model)._apply(lambda held: torch.empty_like(held, device=home) if held.is_meta else held)
         weights = source.state_dict() if source is not None else {}
         with torch.no_grad():
             for name, held in model.state_dict().items():
@@ -121,7 +124,7 @@ class Cluster:
                     held.copy_(whole)
         return model
 
-    def shard(self, model: nn.Module, *, trainable: bool) -> nn.Module:
+    def shard(self, model: Model, *, trainable: bool) -> Model:
         """Split `model` over the mesh in place: one unit a decoder layer (the classes that transformers says must not
         be split), and the root, which keeps embeddings and a tied head together. What is frozen in a trained model, all
         but its adapter, stays so. Trained weights stay as they are and compute in `compute_dtype`; the gradient is
@@ -133,9 +136,9 @@ class Cluster:
             for parameter in model.parameters():  # not the buffers: tables of positions need their digits
                 parameter.data = parameter.data.to(dtype)
         if trainable and self.activation_checkpointing:
-            checkpointed = getattr(model, "classifier", model)
+            checkpointed: Any = getattr(model, "classifier", model)
             checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
-        options = {
+        options: dict[str, Any] = {
             "mesh": self.mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32),
             "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
@@ -151,13 +154,13 @@ class Cluster:
         if isinstance(model, GenerationMixin):  # a language model
             model.logprobs_at = MethodType(read_logprobs, model)
             register_fsdp_forward_method(model, "logprobs_at")  # so that the root's hooks run around it
-        for module in _fsdp_modules(model):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # without it the factor of 1 is refused by gloo
+        for unit in _fsdp_modules(model):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)  # without it the factor of 1 is refused by gloo
         return model.train(trainable)
 
     @contextmanager
-    def sampling(self, model: nn.Module, *, unshard: bool) -> Iterator[nn.Module]:
+    def sampling(self, model: PreTrainedModel, *, unshard: bool) -> Iterator[PreTrainedModel]:
         """`model` ready to sample from. unshard: all of its weights are on every rank, and ranks may run different
         numbers of forwards; else layers are gathered as they come, and ranks must keep step."""
         modules, was, attention = list(_fsdp_modules(model)), model.training, model.config._attn_implementation
@@ -246,7 +249,7 @@ class Cluster:
         """Rank 0's number, on every rank."""
         return int(self.max(torch.tensor(value if self.is_main else -1)))
 
-    def _reduce(self, value: Tensor, operation: dist.ReduceOp) -> Tensor:
+    def _reduce(self, value: Tensor, operation: Any) -> Tensor:
         value = value.clone().to(self.device)
         if self.world_size > 1:
             dist.all_reduce(value, operation)
@@ -267,7 +270,8 @@ class Cluster:
     def full_state(self, model: nn.Module) -> dict[str, Tensor] | None:
         """Whole weights on the CPU of rank 0, None elsewhere; one is gathered at a time, tied ones once."""
         state: dict[str, Tensor] = {}
-        parameters, gathered = dict(model.named_parameters(remove_duplicate=False)), {}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        gathered: dict[int, str] = {}
         for name, value in model.state_dict().items():
             owner = gathered.setdefault(id(parameters.get(name, value)), name)
             whole = value.full_tensor() if isinstance(value, DTensor) and owner == name else value

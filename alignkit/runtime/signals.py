@@ -29,7 +29,7 @@ def relay(number: int, again: bool) -> None:
     second one there. May be called in any thread."""
     if callable(signal.getsignal(signal.SIGUSR1)):
         RELAYED.put((number, again))
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)  # type: ignore[arg-type]  # it has begun
 
 
 def _relayed() -> list[tuple[int, bool]]:

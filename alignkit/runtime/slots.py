@@ -27,8 +27,8 @@ def slots_for(processes: int, at_once: int | None, gpus: Sequence[int | str] | N
         return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups]
     cores, jobs = sorted(os.sched_getaffinity(0)), at_once or 1
     share = max(len(cores) // jobs, 1)
-    groups = [cores[(i * share) % len(cores) :][:share] for i in range(jobs)]
-    return [{"ALIGNKIT_CORES": ",".join(map(str, group))} for group in groups] if jobs > 1 else [{}]
+    parts = [cores[(i * share) % len(cores) :][:share] for i in range(jobs)]
+    return [{"ALIGNKIT_CORES": ",".join(map(str, part))} for part in parts] if jobs > 1 else [{}]
 
 
 def visible_gpus() -> list[str]:

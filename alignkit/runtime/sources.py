@@ -31,11 +31,11 @@ def _with_code(strategy: dict[str, Any]) -> dict[str, Any]:
     """One strategy with what it is made of; its members too, each with the digest of the model that it names."""
     module, _, name = strategy["_target_"].rpartition(".")
     cls, result = getattr(importlib.import_module(module), name), dict(strategy)
-    code = [strategy["_target_"], strategy.get(getattr(cls, "CODE", None))]
+    code = [strategy["_target_"], strategy.get(getattr(cls, "CODE", ""))]
     outside = [place for named in code if named and (place := _source(named.rpartition(".")[0]))]
     if outside:
         result["_code_"] = outside[0] if len(outside) == 1 else outside
-    if members := strategy.get(getattr(cls, "MEMBERS", None)):
+    if members := strategy.get(getattr(cls, "MEMBERS", "")):
         result[cls.MEMBERS] = {name: _with_code(member) for name, member in members.items()}
         for member in result[cls.MEMBERS].values():
             if member.get("path"):

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -67,7 +67,8 @@ class Sweep:
         self.recipe, self.typed, self.name, self.check = recipe, typed, name, check
         self.directions: list[str] = []  # in which an optimising sweeper goes, one for each objective
         self.entries: dict[int, dict[str, Any]] = {}  # number -> what leaderboard.json says of it
-        self.began, self.lock = time.monotonic(), None
+        self.began = time.monotonic()
+        self.lock: IO[str] | None = None
 
     def run(self, jobs: Sequence[Job], at_once: int | None, gpus: Sequence[int | str] | None) -> list[dict[str, Any]]:
         """Run jobs to their ends, and return what the leaderboard says of each. A job that has failed does not stop the
@@ -80,7 +81,7 @@ class Sweep:
         self.folder = Path(jobs[0].raw["runs_dir"]).absolute() / ".sweeps" / self.name
         self._claim()
         before = self._entries_on_disk()
-        waiting, running = [], {}
+        waiting: list[Job] = []
         for job in jobs:
             self.entries[job.number] = self._entry(job) | {"data": data[job.number]}
             text = f"# alignkit {self.recipe}\n{yaml.safe_dump(job.raw, sort_keys=False, allow_unicode=True)}"
@@ -97,7 +98,7 @@ class Sweep:
             f"sweep {self.name}: {len(jobs)} jobs of alignkit {self.recipe}{at_a_time}; logs in {as_typed(self.folder)}"
         )
         with signals_to(noted := Noted()):
-            self._work(waiting, running, slots, noted)
+            self._work(waiting, slots, noted)
         self._write()
         if noted.number:
             again = f"the same words with name={self.name} go on"
@@ -106,6 +107,7 @@ class Sweep:
 
     def _check_all(self, jobs: Sequence[Job], at_once: int) -> dict[int, str]:
         """The fingerprint of each job's data. Raises UserError with what is wrong in any of them."""
+        assert self.check is not None
         faults, data = [], {}
         for job in jobs:
             try:
@@ -149,8 +151,9 @@ class Sweep:
         first = f"the first: {bad[0]['name']}: {bad[0]['error']}"
         return f"{len(bad)} of {len(self.entries)} jobs failed; {first}", bad[0]["code"]
 
-    def _work(self, waiting: list[Job], running: dict, slots: list[dict[str, str]], noted: Noted) -> None:
+    def _work(self, waiting: list[Job], slots: list[dict[str, str]], noted: Noted) -> None:
         """Keep every slot busy until all jobs have ended; after a signal, which each job gets too, start no more."""
+        running: dict[int, Any] = {}
         told, number_of_jobs = 0, len(waiting)
         try:
             while running or (waiting and not noted.number):
@@ -175,7 +178,7 @@ class Sweep:
                     with suppress(subprocess.TimeoutExpired):
                         entry[1].wait(timeout=30)
 
-    def _start(self, job: Job, slot: dict[str, str]) -> tuple[subprocess.Popen, Any, float]:
+    def _start(self, job: Job, slot: dict[str, str]) -> tuple[subprocess.Popen[bytes], Any, float]:
         log = (self.folder / f"{job.number}.log").open("w", encoding="utf-8")
         package = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
@@ -264,7 +267,7 @@ def command(file: Path) -> list[str]:
     return [sys.executable, "-m", "alignkit.runtime.sweep_job", str(file)]
 
 
-def _tell(running: dict, number: int) -> None:
+def _tell(running: dict[int, Any], number: int) -> None:
     """Send a signal to each job that still runs; it hands it on to its ranks."""
     for entry in running.values():
         if entry[1].poll() is None:

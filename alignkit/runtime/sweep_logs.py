@@ -11,7 +11,7 @@ from typing import Any
 from alignkit.observe.leaderboard import objective_values, objectives_of
 
 
-def show(running: dict) -> None:
+def show(running: dict[int, Any]) -> None:
     """In a terminal one line, rewritten: what each running job said last."""
     if not sys.stdout.isatty():
         return

@@ -16,11 +16,11 @@ import traceback
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from alignkit.errors import Interrupted, NotFinite, TrainingError, UserError
 from alignkit.runtime.artifact import write_json
-from alignkit.runtime.config import load
+from alignkit.runtime.config import RunConfig, load
 from alignkit.runtime.group import die_with_parent
 from alignkit.runtime.lineage import WANDB
 from alignkit.stages.job import Job
@@ -37,7 +37,8 @@ def main() -> None:
     try:
         run_job(job_file)
     except BaseException as error:
-        kind = {UserError: "user", TrainingError: "training", NotFinite: "training"}.get(type(error), "crash")
+        kinds: dict[type, str] = {UserError: "user", TrainingError: "training", NotFinite: "training"}
+        kind = kinds.get(type(error), "crash")
         text = traceback.format_exc()
         message = str(error) if kind != "crash" else f"{type(error).__name__}: {error}".splitlines()[0]
         report = {"rank": rank, "kind": kind, "message": message, "traceback": text, "time": time.time()}
@@ -142,7 +143,7 @@ def warn_of_slow_threads() -> None:
         )
 
 
-def _open_sink(spec: dict, config):
+def _open_sink(spec: dict[str, Any], config: RunConfig) -> Any:
     """The W&B run of this stage, unless tracking is off."""
     if spec["tracking_mode"] == "disabled":
         return None
@@ -167,7 +168,7 @@ def _open_sink(spec: dict, config):
     return sink
 
 
-def _product(spec: dict, out: Path):
+def _product(spec: dict[str, Any], out: Path) -> Any:
     """The model that the stage has made, by the place that the launcher will give it; None if it makes none."""
     from alignkit.observe.artifacts import model
 
@@ -177,7 +178,7 @@ def _product(spec: dict, out: Path):
     return model(final, spec["digest"], out / "model", run=spec["run"], stage=spec["label"])
 
 
-def report_reused(spec: dict, config, figures: dict) -> None:
+def report_reused(spec: dict[str, Any], config: RunConfig, figures: dict[str, Any]) -> None:
     """A W&B agent waits for the run that it has begun, also where its last stage was made before: give it figures."""
     if not (spec["last"] and os.environ.get("WANDB_SWEEP_ID")):
         return

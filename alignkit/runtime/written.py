@@ -76,7 +76,9 @@ def read(file: Path) -> Source:
             if isinstance(value, yaml.MappingNode):
                 walk(value, values[name.value], f"{path}.")
 
-    walk(yaml.compose(text), plain, "")
+    root = yaml.compose(text)
+    if isinstance(root, yaml.MappingNode):  # not of a file without settings
+        walk(root, plain, "")
     entries = {path.removeprefix(PARAMS): entry for path, entry in entries.items()}
     entries = {path: entry for path, entry in entries.items() if path.split(".")[0] not in ("defaults", "hydra")}
     parents = tuple(item for item in plain.get("defaults", []) if isinstance(item, str) and item != "_self_")
@@ -106,7 +108,8 @@ def _summary(lines: list[str]) -> str:
 def option_entries(group: str, option: str) -> dict[str, Entry]:
     """The settings of an option by their full names, with those of the options that it starts from; a value that comes
     without a comment of its own has theirs."""
-    source, found = read(conf_dir() / group / f"{option}.yaml"), {}
+    source = read(conf_dir() / group / f"{option}.yaml")
+    found: dict[str, Entry] = {}
     for parent in source.parents:
         found |= option_entries(group, parent)
     for path, entry in source.entries.items():

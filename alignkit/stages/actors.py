@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from alignkit.algo.batching import pad_left, pad_right
 from alignkit.algo.sampling import SamplingRule, uniform_noise
@@ -25,7 +27,7 @@ from alignkit.models.loading import (
     scorer_from_policy,
 )
 from alignkit.models.policy import logprobs_at, pack_rows, response_logprobs
-from alignkit.models.scalar import PooledScalar, ScalarModel, score_sequences
+from alignkit.models.scalar import ScalarModel, Scalars, score_sequences
 from alignkit.models.settings import refuse_in_ppo, refuse_stacking
 from alignkit.reward.model import RewardModel
 from alignkit.reward.source import CombinedSource, RewardSource
@@ -49,8 +51,8 @@ class Actors:
     cluster: Cluster
     encoder: Encoder
     rule: SamplingRule
-    policy: nn.Module
-    reference: nn.Module | WithoutAdapter
+    policy: PreTrainedModel
+    reference: PreTrainedModel | WithoutAdapter
     value_model: nn.Module | None
     reward: RewardSource | CombinedSource
     policy_optimizer: torch.optim.Optimizer
@@ -70,10 +72,10 @@ class Actors:
             for group in optimizer.param_groups if optimizer else ():
                 group["lr"] = peak * share
 
-    def tensors(self) -> dict[str, dict]:
+    def tensors(self) -> dict[str, dict[str, Any]]:
         """All trained weights, Adam's moments and the average, sharded as they are, by name. Moments that an optimizer
         makes in its first step are there (as zeros) if the state says that it has stepped."""
-        saved = {}
+        saved: dict[str, dict[str, Any]] = {}
         trained = (
             ("policy", self.policy, self.policy_optimizer, self.state.policy_steps),
             ("value", self.value_model, self.value_optimizer, self.state.value_steps),
@@ -83,7 +85,7 @@ class Actors:
                 continue
             self.cluster.rest(model)
             saved[name] = {key: p.detach() for key, p in model.named_parameters() if p.requires_grad}
-            if steps:
+            if steps and optimizer:
                 parameters = optimizer.param_groups[0]["params"]
                 saved[f"{name}_adam"] = {key: moments(optimizer, p) for key, p in zip(saved[name], parameters)}
         if self.ema is not None:
@@ -142,7 +144,7 @@ def pack(model: object) -> None:
     """Lay the rows that this model reads end to end, if it is one of ours. Raises UserError where that cannot be."""
     if isinstance(model, ScalarModel):
         pack_rows(model, model.classifier.base_model, model)
-    elif isinstance(model, nn.Module) and not isinstance(model, PooledScalar):
+    elif isinstance(model, PreTrainedModel):
         rule = SamplingRule(temperature=1.0, stop_ids=())
 
         def logprobs(tokens: Tensor, mask: Tensor) -> Tensor:
@@ -173,19 +175,19 @@ def first_value(reward: RewardSource | CombinedSource, folder: Path, config: Run
 class WithoutAdapter:
     """A model called with its adapter switched off: the reference of a policy that trains only an adapter."""
 
-    model: nn.Module
+    model: PreTrainedModel
 
-    def __call__(self, **inputs):
+    def __call__(self, **inputs: Any) -> Any:
         with adapters_off(self.model):
             return self.model(**inputs)
 
-    def logprobs_at(self, tokens: Tensor, mask: Tensor, wanted: Tensor, rule: SamplingRule, entropy: bool):
+    def logprobs_at(self, tokens: Tensor, mask: Tensor, wanted: Tensor, rule: SamplingRule, entropy: bool) -> Any:
         """See `models.policy.logprobs_at`."""
         with adapters_off(self.model):
             return logprobs_at(self.model, tokens, mask, wanted, rule, entropy=entropy)
 
 
-def start_of(folder: Path, config: RunConfig) -> nn.Module:
+def start_of(folder: Path, config: RunConfig) -> PreTrainedModel:
     """The policy before training, with its adapter if there is to be one. Raises UserError if a sequence is longer than
     it can be."""
     policy, longest = load_policy(folder), config.ppo.max_prompt + config.rollout.max_response
@@ -199,7 +201,7 @@ def start_of(folder: Path, config: RunConfig) -> nn.Module:
     return policy
 
 
-def load_policy(folder: Path) -> nn.Module:
+def load_policy(folder: Path) -> PreTrainedModel:
     """A causal model with dropout off."""
     model = load_causal(folder)
     disable_dropout(model)
@@ -212,7 +214,7 @@ def sampling_rule(config: RunConfig, encoder: Encoder) -> SamplingRule:
 
 
 def sample(
-    model: nn.Module, prompts: list[list[int]], first_episode: int, config: RunConfig, rule: SamplingRule,
+    model: PreTrainedModel, prompts: list[list[int]], first_episode: int, config: RunConfig, rule: SamplingRule,
     cluster: Cluster, pad_id: int, iteration: int = 0,
 ) -> Rollout:  # fmt: skip
     """One response to each prompt (ids), sampled on the rank that the prompt was dealt to, then joined on every rank.
@@ -235,8 +237,9 @@ def sample(
 
 
 def logprobs_of(
-    model: nn.Module, rollout: Rollout, rule: SamplingRule, micros: list[Tensor], *, entropy: bool = False
-) -> list[Tensor]:
+    model: PreTrainedModel | WithoutAdapter, rollout: Rollout, rule: SamplingRule, micros: list[Tensor], *,
+    entropy: bool = False,
+) -> list[Tensor]:  # fmt: skip
     """Log-probabilities [B, R] of a rollout's responses, and their entropies if asked for, 0 on padding. micros: the
     rows of each micro-batch, as `Cluster.microbatches` gives them."""
 
@@ -256,7 +259,9 @@ def values_of(model: nn.Module, rollout: Rollout, micros: list[Tensor]) -> Tenso
     return _by_response_token(rollout, micros, forward)[0]
 
 
-def _by_response_token(rollout: Rollout, micros: list[Tensor], forward) -> list[Tensor]:
+def _by_response_token(
+    rollout: Rollout, micros: list[Tensor], forward: Callable[[Rollout], list[Tensor]]
+) -> list[Tensor]:
     """`forward` of each micro-batch, put together: [B, R] tensors, 0 on padding, in float32 or better."""
     joined: list[Tensor] = []
     with torch.no_grad():
@@ -271,7 +276,7 @@ def _by_response_token(rollout: Rollout, micros: list[Tensor], forward) -> list[
     return joined
 
 
-def score_all(scorer: ScalarModel, rows: list[list[int]], pad_id: int, batch: int, cluster: Cluster) -> Tensor:
+def score_all(scorer: Scalars, rows: list[list[int]], pad_id: int, batch: int, cluster: Cluster) -> Tensor:
     """Scores of all rows of ids, [n] float32 on the CPU, the work dealt over the ranks."""
     hand = cluster.deal(torch.tensor([len(row) for row in rows]))
     parts = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +35,16 @@ from alignkit.stages.ptx import PtxBatches
 if TYPE_CHECKING:
     from alignkit.observe.tracking import Tracker
     from alignkit.runtime.checkpoint import Checkpoints
+    from alignkit.runtime.config import RunConfig
     from alignkit.runtime.sharding import Cluster
     from alignkit.stages.job import Job
 
 
 def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) -> dict[str, float]:
     """Measure, write bench.json and print a table. Returns the medians."""
-    stage, against = job.config.bench.stage, read_against(job.config.bench.against)
+    settings = job.config.bench
+    assert settings is not None
+    stage, against = settings.stage, read_against(settings.against)
     if stage == "ppo":
         updates, limits, held = measure_ppo(job, cluster)
     else:
@@ -68,18 +72,21 @@ def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) 
 def measure_ppo(job: Job, cluster: Cluster) -> tuple[list[Update], Limits, int]:
     """Iterations as `alignkit ppo` makes them, on the prompts of bench.prompts; and what `model_bytes` says."""
     set_seed(job.config.seed)
-    count = job.config.bench.updates + WARM_UP
+    settings = job.config.bench
+    assert settings is not None
+    count = settings.updates + WARM_UP
     ppo = job.config.ppo
     ppo = replace(ppo, episodes=max(ppo.episodes, ppo.batch * count))  # the schedule of a run that is long enough
     job = replace(job, config=replace(job.config, ppo=ppo))
     actors, config = load_actors(job, cluster), job.config
     each, asked = ppo.samples_per_prompt, ppo.batch // ppo.samples_per_prompt
-    prompts = encode_prompts(read_prompts(config.bench.prompts), actors, ppo.max_prompt, asked)
+    prompts = encode_prompts(read_prompts(settings.prompts), actors, ppo.max_prompt, asked)
     texts = prepare(job, False).train.demonstrations if config.ptx.coef else []
     ptx = PtxBatches.open(texts, actors.encoder, config.ptx, config.seed)
     models = [model for model in (actors.policy, actors.value_model) if model is not None]
     networks = [network_of(model) for model in models]
-    limits, updates, progress = None, [], Progress("bench", count, cluster.is_main)
+    limits: Limits | None = None
+    updates, progress = [], Progress("bench", count, cluster.is_main)
     for number in range(count):
         chosen = prompt_indices(number * asked, asked, len(prompts), config.seed)
         batch = [prompts[i] for i in chosen.tolist() for _ in range(each)]
@@ -95,6 +102,7 @@ def measure_ppo(job: Job, cluster: Cluster) -> tuple[list[Update], Limits, int]:
             limits = Limits(ppo_products(models, *lengths, config, cluster), weights, cluster)
         limits.measure()
         progress.update(number + 1, f"{seconds:.2f} s")
+    assert limits is not None
     return updates[WARM_UP:], limits, model_bytes(actors)
 
 
@@ -114,7 +122,7 @@ def model_bytes(actors: Actors) -> int:
 
 def update_of(
     values: dict[str, float], took: tuple[float, float], prompts: list[int], responses: list[int],
-    networks: list[Network], actors: Actors, config,
+    networks: list[Network], actors: Actors, config: RunConfig,
 ) -> Update:  # fmt: skip
     """What an iteration did. took: seconds by the clock and of the CPU; prompts, responses: tokens of each row;
     networks: policy, and value model."""
@@ -140,7 +148,7 @@ def update_of(
 
 
 def decoding_work(
-    network: Network, prompts: list[int], responses: list[int], actors: Actors, config
+    network: Network, prompts: list[int], responses: list[int], actors: Actors, config: RunConfig
 ) -> tuple[float, float]:
     """FLOPs of the rollout, and the bytes that all ranks must read for it, each in batches of `rollout.batch` rows."""
     hand, width = actors.cluster.deal(torch.tensor(prompts)), sampling_dtype(actors, config).itemsize
@@ -154,7 +162,9 @@ def decoding_work(
     return network.decoding(prompts, responses), read
 
 
-def ppo_products(models: list, prompts: list[int], responses: list[int], config, cluster: Cluster) -> dict:
+def ppo_products(
+    models: list[Any], prompts: list[int], responses: list[int], config: RunConfig, cluster: Cluster
+) -> Counter[tuple[int, int, int]]:
     """The products of a micro-batch: this rank's share of a minibatch, cut into parts of ppo.microbatch_tokens."""
     share = config.ppo.minibatch / len(prompts) / cluster.world_size
     whole, outputs = (share * sum(tokens) for tokens in (prompts + responses, responses))
@@ -165,8 +175,11 @@ def ppo_products(models: list, prompts: list[int], responses: list[int], config,
 
 def essentials(job: Job) -> dict[str, Any]:
     """The settings that decide what was measured."""
-    config, stage = job.config, job.config.bench.stage
-    sections = {"ppo": ("ppo", "rollout", "advantage", "kl"), "sft": ("sft",), "reward_model": ("reward_model",)}[stage]
-    found = {name: asdict(getattr(config, name)) for name in (*sections, "bench", "sharding", "launch")}
+    config = job.config
+    assert config.bench is not None
+    sections = {"ppo": ("ppo", "rollout", "advantage", "kl"), "sft": ("sft",), "reward_model": ("reward_model",)}
+    found = {
+        name: asdict(getattr(config, name)) for name in (*sections[config.bench.stage], "bench", "sharding", "launch")
+    }
     models = {name: str(place) for name, place in job.inputs.items()}
     return {"compute_dtype": config.compute_dtype, "seed": config.seed, "models": models, **found}

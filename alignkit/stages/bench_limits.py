@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ REPETITIONS = 3  # of each measurement; a GPU's are ten each, so that waiting fo
 def linear_layers(model: nn.Module) -> tuple[list[tuple[Shape, bool]], list[Shape]]:
     """The matrices of a model: (shape, whether it is trained) of those in its layers, and the shapes of its heads (the
     vocabulary's, or of one output)."""
-    outputs = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    outputs = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers, heads = [], []
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -55,7 +55,7 @@ def linear_layers(model: nn.Module) -> tuple[list[tuple[Shape, bool]], list[Shap
 def network_of(model: nn.Module) -> Network:
     """A model's own figures. Of a value model that shares the reward model's weights one head is counted."""
     layers, heads = linear_layers(model)
-    config = model.config.get_text_config()
+    config = cast(Any, model).config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shared = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return Network(

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from alignkit.data.corpus import Prompt
 from alignkit.data.files import read_rows, resolve
 from alignkit.errors import UserError
 
@@ -43,14 +44,14 @@ class Update:
     peak: int
 
 
-def read_prompts(path: str | None) -> list[str]:
+def read_prompts(path: str | list[str] | None) -> list[Prompt]:
     """The texts in rows {"prompt": TEXT}. Raises UserError with file and line."""
     if path is None:
         raise UserError(
             'bench.prompts: missing; alignkit bench measures PPO on the prompts of a file with rows {"prompt": TEXT}, '
             "for example bench.prompts=prompts.jsonl"
         )
-    prompts = []
+    prompts: list[Prompt] = []
     for file in resolve(path, "bench.prompts"):
         for row in read_rows(file):
             text = row.content.get("prompt") if isinstance(row.content, dict) else None
@@ -90,7 +91,7 @@ def figures_of(updates: Sequence[Update], limits: Sequence[tuple[float, float]])
     paddings = [u.padding for u in updates if u.padding is not None]
     flops_limits, bytes_limits = zip(*limits)
     trained = [u.training / u.phases.get("update", u.seconds) for u in updates]
-    found = {
+    found: dict[str, Any] = {
         "seconds_per_update": seconds,
         "all_seconds": [u.seconds for u in updates],
         "cpu_seconds_per_update": median(u.cpu for u in updates),
@@ -102,12 +103,12 @@ def figures_of(updates: Sequence[Update], limits: Sequence[tuple[float, float]])
         "peak_bytes": max(u.peak for u in updates),
         "training": against_limit("flops", "arithmetic", trained, flops_limits),
     }
-    if updates[0].decoding is not None:
-        flops, read = ([u.decoding[i] / u.phases["rollout"] for u in updates] for i in (0, 1))
+    if decoded := [(u.decoding, u.phases["rollout"]) for u in updates if u.decoding is not None]:
+        flops, read = ([work[i] / took for work, took in decoded] for i in (0, 1))
         parts = against_limit("flops", "arithmetic", flops, flops_limits)
         parts |= against_limit("bytes", "bandwidth", read, bytes_limits)
         shares = {name: parts[f"share_of_{name}_limit"] for name in ("bandwidth", "arithmetic")}
-        found["decoding"] = {**parts, "nearer_limit": max(shares, key=shares.get)}
+        found["decoding"] = {**parts, "nearer_limit": max(shares, key=lambda name: shares[name])}
         found["generation_seconds"] = phases["rollout"]
     return {**found, "updates": [asdict(u) for u in updates]}
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from alignkit.algo.arithmetic import Network
@@ -28,14 +30,17 @@ def measure_trainer(
     job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints
 ) -> tuple[list[Update], Limits]:
     """Optimizer steps of SFT or reward training on the settings' data."""
-    settings = getattr(job.config, job.stage)
-    limited = replace(settings, trainer={**settings.trainer, "max_steps": job.config.bench.updates + WARM_UP})
+    settings, bench = getattr(job.config, job.stage), job.config.bench
+    assert bench is not None
+    limited = replace(settings, trainer={**settings.trainer, "max_steps": bench.updates + WARM_UP})
     job = replace(job, config=replace(job.config, **{job.stage: limited}))
     trainer = {"sft": sft_trainer, "reward_model": reward_trainer}[job.stage](job, cluster)
     trainer.data_collator = batches = CountingCollator(trainer.data_collator)
-    clock = StepClock(batches, network_of(trainer.model), trainer.model, settings.batch, cluster)
+    model = cast(nn.Module, trainer.model)
+    clock = StepClock(batches, network_of(model), model, settings.batch, cluster)
     trainer.add_callback(clock)
     train(trainer, job, cluster, tracker, checkpoints)
+    assert clock.limits is not None
     return clock.updates[WARM_UP:], clock.limits
 
 
@@ -70,8 +75,9 @@ class Batch:
 class CountingCollator:
     """A trainer's collator that notes what is in each micro-batch, in the order in which they are trained on."""
 
-    def __init__(self, inner) -> None:
-        self.inner, self.seen = inner, []
+    def __init__(self, inner: Callable[[Any], Any]) -> None:
+        self.inner = inner
+        self.seen: list[Batch] = []
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if "responses" in rows[0]:
@@ -88,16 +94,18 @@ class CountingCollator:
 class StepClock(TrainerCallback):
     """Times a trainer's steps, from the end of one to the end of the next but for the measuring in between."""
 
-    def __init__(self, batches: CountingCollator, network: Network, model, sequences: int, cluster: Cluster) -> None:
+    def __init__(
+        self, batches: CountingCollator, network: Network, model: nn.Module, sequences: int, cluster: Cluster
+    ) -> None:
         self.batches, self.network, self.model = batches, network, model
         self.sequences, self.cluster = sequences, cluster
         self.limits: Limits | None = None
         self.updates: list[Update] = []
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began = time.perf_counter(), time.process_time()
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The step is over: note it, then measure the limits."""
         if self.cluster.device.type == "cuda":
             torch.cuda.synchronize()

@@ -13,6 +13,9 @@ from alignkit.stages.judging import Judge, Scorer
 from alignkit.stages.responses import Responses, respond
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from alignkit.data.corpus import Prompt
     from alignkit.runtime.config import RunConfig
     from alignkit.runtime.sharding import Cluster
 
@@ -28,9 +31,11 @@ class Samples:
 
 
 def draw(
-    model, prompts, judge: Judge, reward: Scorer, encoder: Encoder, config: RunConfig, cluster: Cluster
-) -> Samples:
+    model: PreTrainedModel, prompts: list[tuple[Prompt, list[int]]], judge: Judge, reward: Scorer, encoder: Encoder,
+    config: RunConfig, cluster: Cluster,
+) -> Samples:  # fmt: skip
     """`evaluate.best_of_samples` responses to each of the prompts, scored twice."""
+    assert judge.score is not None
     each = config.evaluate.best_of_samples
     many = [prompt for prompt in prompts for _ in range(each)]
     responses: Responses = respond(model, None, many, encoder, config, cluster, noise="many")

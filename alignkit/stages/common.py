@@ -6,9 +6,10 @@ import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 from transformers import set_seed
 
 from alignkit.algo.batching import pad_right
@@ -21,6 +22,9 @@ from alignkit.models.loading import load_causal, load_scorer, require_context
 from alignkit.models.settings import adapter_facts
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
     from alignkit.runtime.sharding import Cluster
     from alignkit.stages.job import Job
 
@@ -35,7 +39,7 @@ def prepare(job: Job, is_main: bool) -> Corpus:
     return corpus
 
 
-def require_room(model, job: Job, max_length: int) -> None:
+def require_room(model: PreTrainedModel, job: Job, max_length: int) -> None:
     """Raise UserError if the model has fewer positions than a sequence and the learnt tokens before it take."""
     learnt = job.config.peft.virtual_tokens
     names = f"{job.stage}.max_length={max_length}" + f" and {learnt} learnt tokens" * bool(learnt)
@@ -45,19 +49,21 @@ def require_room(model, job: Job, max_length: int) -> None:
 def show_example(title: str, encoder: Encoder, prompt: Sequence[int], response: Sequence[int]) -> None:
     """Print one row as the model sees it, special tokens included, the part that is trained between brackets; of a long
     one the end of the prompt and the start of the response."""
-    before, trained = (encoder.tokenizer.decode(list(ids)) for ids in (prompt, response))
+    before, trained = (str(encoder.tokenizer.decode(list(ids))) for ids in (prompt, response))
     before = before if len(before) <= 200 else "..." + before[-197:]
     trained = trained if len(trained) <= 300 else trained[:297] + "..."
     print(f"{title}: {before}[[{trained}]]".replace("\n", "\\n"))
 
 
-def save_model(model, encoder: Encoder, folder: Path) -> None:
+def save_model(model: PreTrainedModel | PeftModel, encoder: Encoder, folder: Path) -> None:
     """Plain Hugging Face format, with tokenizer, chat template and the stop tokens in generation_config.json."""
-    model.save_pretrained(folder, safe_serialization=True)
+    model.save_pretrained(str(folder), safe_serialization=True)
     encoder.tokenizer.save_pretrained(folder)
 
 
-def save_trained(model, encoder: Encoder, job: Job, base: str | Path | None, revision: str | None = None) -> None:
+def save_trained(
+    model: PreTrainedModel | PeftModel, encoder: Encoder, job: Job, base: str | Path | None, revision: str | None = None
+) -> None:
     """What the stage hands on, `model/`: the adapter that stands on `base`, or with peft.merge=true (and without an
     adapter) plain weights, the adapter then beside them in `adapter/`."""
     peft, folder = job.config.peft, job.out / "model"
@@ -67,19 +73,20 @@ def save_trained(model, encoder: Encoder, job: Job, base: str | Path | None, rev
         save_model(model, encoder, folder)
         return
     place = job.out / "adapter" if peft.merge else folder
+    assert base is not None  # as PeftSettings.faults holds
     save_adapter(model, model.state_dict(), place, base, revision)
     if job.stage != "reward_model":
-        model.generation_config.save_pretrained(place)
+        cast(Any, model.generation_config).save_pretrained(place)
     encoder.tokenizer.save_pretrained(place)  # and no config.json, with which transformers looks for whole weights here
     if peft.merge:
         load = load_scorer if job.stage == "reward_model" else load_causal
         save_model(load(place), encoder, folder)
-        if base is not None and adapter_facts(base) is not None:
+        if adapter_facts(base) is not None:
             shutil.rmtree(place)
             print(f"{job.stage}: only merged weights are kept: the base '{base}' is an adapter, lost under another")
 
 
-def sample_of(rows: Sequence, count: int, seed: int) -> list:
+def sample_of(rows: Sequence[Any], count: int, seed: int) -> list[Any]:
     """At most `count` rows, drawn without order from a seed."""
     return list(rows) if len(rows) <= count else random.Random(f"sample-{seed}").sample(list(rows), count)
 
@@ -95,7 +102,7 @@ def prompts_within(
 
 def encode_demonstrations(
     rows: list[Demonstration], encoder: Encoder, max_length: int
-) -> tuple[list[dict], dict[str, int]]:
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Rows as TRL takes them (labels -100 on the prompt), and how many `max_length` tokens cut short or left out."""
     encoded, counts = [], {"responses were cut short": 0, "prompts were left out": 0}
     for row in rows:
@@ -110,7 +117,7 @@ def encode_demonstrations(
     return encoded, counts
 
 
-def heldout_loss(model, rows: list[dict], pad_id: int, batch: int, cluster: Cluster) -> float:
+def heldout_loss(model: nn.Module, rows: list[dict[str, Any]], pad_id: int, batch: int, cluster: Cluster) -> float:
     """Negative log-likelihood per learnt token over all rows, nats: one sum over one count, whatever the batches."""
     total = torch.zeros(2, dtype=torch.float64)
     hand = cluster.deal(torch.tensor([len(row["input_ids"]) for row in rows]))

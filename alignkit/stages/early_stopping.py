@@ -14,6 +14,8 @@ from alignkit.stages.optimizer import trained
 from alignkit.stages.ranking_trainer import lay_out_rankings
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from alignkit.runtime.sharding import Cluster
 
 
@@ -36,7 +38,7 @@ class EarlyStopping(TrainerCallback):
         self.stopped = False
         self.unwritten: dict[str, float] = {}  # until the trainer writes its next row
 
-    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Evaluate where it is time to, before the step's row and checkpoint are written."""
         last = state.global_step == state.max_steps
         if state.global_step % self.every and not last:
@@ -54,12 +56,12 @@ class EarlyStopping(TrainerCallback):
                 told = f"{self.patience} evaluations without a better one than that of step {self.best['best_step']}"
                 print(f"\nreward_model: ended early after step {state.global_step}: {told}")
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add what was found to the row that is about to be written; so this goes before the callback that writes."""
         logs.update(self.unwritten)
         self.unwritten = {}
 
-    def evaluate(self, model: nn.Module) -> tuple[float, float]:
+    def evaluate(self, model: PreTrainedModel) -> tuple[float, float]:
         """Share of pairs in the right order and Bradley-Terry loss, means over rankings, of the whole set."""
         model.eval()
         scores = score_all(PooledScalar(model), self.responses, self.pad_id, self.batch, self.cluster).double()
@@ -76,7 +78,7 @@ class EarlyStopping(TrainerCallback):
         """Give the model its best weights; returns what is told of them."""
         for name, weight in trained(model).items():
             _local(weight.detach()).copy_(_local(self.weights[name]))
-        return {**self.best, "stopped_early": int(self.stopped)}
+        return {**(self.best or {}), "stopped_early": int(self.stopped)}
 
     def tensors(self) -> dict[str, Any]:
         """The best weights, sharded as they are."""

@@ -25,6 +25,8 @@ from alignkit.stages.judging import Judge, Judgement, compare, open_judge, outco
 from alignkit.stages.responses import Responses, heldout_prompts, respond
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from alignkit.observe.tracking import Tracker
     from alignkit.runtime.checkpoint import Checkpoints
     from alignkit.runtime.sharding import Cluster
@@ -58,7 +60,7 @@ def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) 
     result |= perplexities(models, corpus, encoder, job, cluster)
     if config.evaluate.best_of_samples and verdict.theirs is None and cluster.is_main:
         print(f"evaluate: no best-of-n, as judge {judge.name} gives no scores and would be asked thousands of times")
-    if config.evaluate.best_of_samples and verdict.theirs is not None:
+    if config.evaluate.best_of_samples and verdict.ours is not None:
         few = prompts[: config.evaluate.best_of_prompts]
         drawn = best_of_n.draw(models["baseline"], few, judge, reward, encoder, config, cluster)
         result |= beside_best_of_n(best_of_n.curve(drawn), drawn, verdict.ours[: len(few)], result["kl"], job, cluster)
@@ -72,8 +74,9 @@ def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) 
     return result
 
 
-def side_by_side(prompts: list, tuned: Responses, before: Responses) -> list[dict[str, Any]]:
+def side_by_side(prompts: list[Any], tuned: Responses, before: Responses) -> list[dict[str, Any]]:
     """One row a prompt, as a person reads it."""
+    assert tuned.kl is not None
     return [
         {
             "prompt": show(prompt),
@@ -87,10 +90,10 @@ def side_by_side(prompts: list, tuned: Responses, before: Responses) -> list[dic
     ]
 
 
-def with_scores(rows: list[dict], scores: tuple[Tensor, Tensor], verdict: Judgement) -> list[dict[str, Any]]:
+def with_scores(rows: list[dict[str, Any]], scores: tuple[Tensor, Tensor], verdict: Judgement) -> list[dict[str, Any]]:
     """The rows with what reward and judge say of them."""
     columns = {"reward_baseline": scores[1], "reward_policy": scores[0], "outcome": verdict.outcomes}
-    if verdict.ours is not None:
+    if verdict.ours is not None and verdict.theirs is not None:
         columns |= {"judge_baseline": verdict.theirs, "judge_policy": verdict.ours}
     return [{**row, **{name: float(column[i]) for name, column in columns.items()}} for i, row in enumerate(rows)]
 
@@ -99,6 +102,7 @@ def comparison(
     judge: Judge, verdict: Judgement, scores: tuple[Tensor, Tensor], tuned: Responses, before: Responses
 ) -> dict[str, Any]:
     """Win rate, KL in nats a sequence, scores, lengths in tokens, diversity, perplexity under the reference."""
+    assert tuned.kl is not None and tuned.nll is not None and before.nll is not None
     rate = win_rate(verdict.outcomes)
     lengths = [torch.tensor([len(row) for row in side.ids]).double() for side in (tuned, before)]
     result: dict[str, Any] = {
@@ -112,16 +116,19 @@ def comparison(
     gain = mean_interval(scores[0] - scores[1])
     result |= {"reward_mean": float(scores[0].mean()), "reward_mean_baseline": float(scores[1].mean())}
     result |= dict(zip(("reward_gain", "reward_gain_low", "reward_gain_high"), gain))
-    if verdict.ours is not None:
+    if verdict.ours is not None and verdict.theirs is not None:
         result |= {"judge_mean": float(verdict.ours.mean()), "judge_mean_baseline": float(verdict.theirs.mean())}
-    if judge.name == "bag_of_words":  # its zero means something: as many positive as negative texts lie above it
-        result["positive"] = float((verdict.ours > 0).double().mean())
-        result["positive_baseline"] = float((verdict.theirs > 0).double().mean())
-    for suffix, side, length in (("", tuned, lengths[0]), ("_baseline", before, lengths[1])):
+        if judge.name == "bag_of_words":  # its zero means something: as many positive as negative texts lie above it
+            result["positive"] = float((verdict.ours > 0).double().mean())
+            result["positive_baseline"] = float((verdict.theirs > 0).double().mean())
+    for suffix, side, nll, length in (
+        ("", tuned, tuned.nll, lengths[0]),
+        ("_baseline", before, before.nll, lengths[1]),
+    ):
         result |= {f"distinct_{n}{suffix}": distinct(side.ids, n) for n in (1, 2, 3)}
         result[f"response_length{suffix}"] = float(length.mean())
         result[f"eos_fraction{suffix}"] = sum(side.finished) / len(side.finished)
-        nats = float(side.nll.sum() / length.sum())
+        nats = float(nll.sum() / length.sum())
         result[f"reference_perplexity{suffix}"] = math.exp(min(nats, 700.0))
     return result
 
@@ -142,7 +149,9 @@ def beside_best_of_n(
     return found if there is None else {**found, "win_rate_above_best_of_n": over[0] - there}
 
 
-def perplexities(models, corpus: Corpus, encoder: Encoder, job: Job, cluster: Cluster) -> dict[str, float]:
+def perplexities(
+    models: dict[str, PreTrainedModel], corpus: Corpus, encoder: Encoder, job: Job, cluster: Cluster
+) -> dict[str, float]:
     """exp of the mean loss per token on held-out demonstrations: what PPO cost as a language model, and what `ptx` is
     there to keep. {} if the data has none."""
     config = job.config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,6 +117,7 @@ def _pairs(split: Split, encoder: Encoder, max_length: int, scores: Scores) -> H
 
 def _texts(split: Split, encoder: Encoder, max_length: int, scores: Scores, seed: int) -> Heldout:
     """Labelled texts: each positive one with each negative one, at most `MOST_PAIRS` of these pairs drawn."""
+    assert split.contrast is not None
     whole = [[encoder.prompt("") + encoder.response("", text) for text in side] for side in split.contrast]
     sides = [[ids for ids in side if len(ids) <= max_length] for side in whole]
     if not all(sides):
@@ -124,7 +125,7 @@ def _texts(split: Split, encoder: Encoder, max_length: int, scores: Scores, seed
     values = _finite(scores(sides[0] + sides[1]))
     before, (m, n) = len(encoder.prompt("")), map(len, sides)
     lengths = torch.tensor([len(ids) - before for side in sides for ids in side])
-    drawn = range(m * n)
+    drawn: Sequence[int] = range(m * n)
     if m * n > MOST_PAIRS:
         drawn = sorted(random.Random(f"contrast-{seed}").sample(drawn, MOST_PAIRS))
     numbers = torch.tensor(drawn)

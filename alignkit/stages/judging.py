@@ -52,6 +52,7 @@ def compare(
 ) -> Judgement:
     """Judge each pair of responses; known: the judge's scores of `theirs`, where it has given them already."""
     if judge.score is None:
+        assert judge.ask is not None
         return Judgement(judge.ask(prompts, ours.texts, theirs.texts), None, None)
     mine, other = judge.score(prompts, ours), judge.score(prompts, theirs) if known is None else known
     return Judgement(outcomes_of(mine, other), mine, other)
@@ -89,7 +90,7 @@ def is_climbed(judge: Any, reward: Any, job: Job) -> bool:
     return path is not None and stage_folder(path) == stage_folder(job.inputs["judge"])
 
 
-def asker_of(source, cluster: Cluster) -> Callable[[list[Prompt], list[str], list[str]], Tensor]:
+def asker_of(source: Any, cluster: Cluster) -> Callable[[list[Prompt], list[str], list[str]], Tensor]:
     """A source that compares as (prompts, first, second) -> outcomes, each rank asking for its share. Raises
     TrainingError on every rank alike if it fails on one."""
 
@@ -110,7 +111,7 @@ def asker_of(source, cluster: Cluster) -> Callable[[list[Prompt], list[str], lis
     return ask
 
 
-def scorer_of(source: RewardSource, job: Job, cluster: Cluster, name: str = "reward") -> Scorer:
+def scorer_of(source: RewardSource | CombinedSource, job: Job, cluster: Cluster, name: str = "reward") -> Scorer:
     """A reward source as (prompts, responses) -> scores, the work dealt over the ranks; name: its setting."""
 
     def score(prompts: list[Prompt], responses: Responses) -> Tensor:

@@ -1,6 +1,7 @@
 """AdamW, with its moments on the GPU or, to save room there, in the CPU's memory."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ class OffloadedAdamW(torch.optim.AdamW):
     Tests:  test_optimizer.py::test_offloaded_moments_give_the_same_weights
     """
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure
         """One step; moments are brought, used and put back weight by weight."""
         whole = [group["params"] for group in self.param_groups]
         for group in self.param_groups:
@@ -37,7 +38,7 @@ class OffloadedAdamW(torch.optim.AdamW):
                 state[name] = state[name].to(device)
 
 
-def adamw(parameters: Iterable[Tensor], learning_rate: float, *, offload: bool, **settings) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[Tensor], learning_rate: float, *, offload: bool, **settings: Any) -> torch.optim.AdamW:
     """AdamW over `parameters`; offload: its moments stay in the CPU's memory. settings: betas, eps, weight_decay."""
     return (OffloadedAdamW if offload else torch.optim.AdamW)(parameters, lr=learning_rate, **settings)
 

@@ -7,8 +7,9 @@ the minibatches are the same whatever the number of ranks; only the models and t
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ from alignkit.stages.state import PPOState
 if TYPE_CHECKING:
     from alignkit.observe.tracking import Tracker
     from alignkit.runtime.checkpoint import Checkpoints
+    from alignkit.runtime.config import RunConfig
     from alignkit.runtime.sharding import Cluster
     from alignkit.stages.job import Job
 
@@ -101,10 +103,9 @@ def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) 
     checkpoints.finish()
     choose(actors)
     state = cluster.full_state(actors.policy)
-    if cluster.is_main:
-        save_policy(actors, state, job)
-    if not cluster.is_main:
+    if state is None:  # not the main rank
         return {}
+    save_policy(actors, state, job)
     summary = summary_of(tracker.history(), config, seconds=time.monotonic() - began) | tracker.alerts()
     return {**summary, "stopped": stop.reason} if stop.reason else summary
 
@@ -152,8 +153,9 @@ def save_if_asked(actors: Actors, checkpoints: Checkpoints, every: int | None, s
 
 
 def ppo_iteration(
-    actors: Actors, prompts: list[tuple[Prompt, list[int]]], ptx: PtxBatches, job: Job, gold
-) -> tuple[dict[str, float], list[dict]]:
+    actors: Actors, prompts: list[tuple[Prompt, list[int]]], ptx: PtxBatches, job: Job,
+    gold: Callable[[Prompt, str], float] | None,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:  # fmt: skip
     """Roll out, score, estimate advantages, then `epochs` passes of clipped updates. `prompts`: one for each response.
     Returns metrics and samples."""
     config, cluster, state, timers = job.config, actors.cluster, actors.state, Timers()
@@ -243,7 +245,7 @@ def score(actors: Actors, rollout: Rollout, prompts: list[Prompt], job: Job) -> 
     return rollout, ScoredRollout(logprobs, ref_logprobs, values, scores), entropy
 
 
-def shape(actors: Actors, rollout: Rollout, scored: ScoredRollout, config) -> tuple[ShapedReward, Tensor]:
+def shape(actors: Actors, rollout: Rollout, scored: ScoredRollout, config: RunConfig) -> tuple[ShapedReward, Tensor]:
     """The reward of each token before whitening, and the scores that are paid in it."""
     mask, shaping, kl = rollout.response_mask, config.shaping, config.kl
     seen = actors.state.add_scores(scored.scores)

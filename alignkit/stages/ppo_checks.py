@@ -15,6 +15,7 @@ from alignkit.errors import NotFinite, TrainingError
 from alignkit.rollout.compiled import dtype_of
 
 if TYPE_CHECKING:
+    from alignkit.runtime.config import RunConfig
     from alignkit.stages.actors import Actors
 
 LOG_RATIO_LIMITS = {  # dtype of the weights that compute -> largest mean and maximum of |log ratio|, nats
@@ -27,7 +28,7 @@ ENGINE_LIMITS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.02,
 
 
 def check_rollout(
-    actors: Actors, rollout: Rollout, scored: ScoredRollout, shaped: ShapedReward, paid: Tensor, config
+    actors: Actors, rollout: Rollout, scored: ScoredRollout, shaped: ShapedReward, paid: Tensor, config: RunConfig
 ) -> None:
     """Everything that can be checked before the update. shaped: before whitening; paid: the scores in it, [B]."""
     if not bool(torch.isfinite(scored.scores).all()):
@@ -50,7 +51,7 @@ def computing_dtype(actors: Actors) -> torch.dtype:
     return actors.cluster.compute_dtype or next(actors.policy.parameters()).dtype
 
 
-def sampling_dtype(actors: Actors, config) -> torch.dtype:
+def sampling_dtype(actors: Actors, config: RunConfig) -> torch.dtype:
     """The less exact of the policy's dtype and that of an engine with weights of its own."""
     own = getattr(config.rollout, "dtype", None)
     computing = computing_dtype(actors)

@@ -60,12 +60,13 @@ class Looks:
         """Metrics of the policy as it would be saved now; the best one so far is kept, and the state knows since when
         there was none. KL in nats a sequence."""
         settings, state = job.config.ppo, actors.state
-        if state.iteration % settings.evaluate_every and state.iteration != settings.iterations:
+        if state.iteration % (settings.evaluate_every or 1) and state.iteration != settings.iterations:
             return {}
         if actors.ema is not None:
             actors.ema.swap(actors.policy)
         texts = [prompt for prompt, _ in self.prompts]
         ours = respond(actors.policy, actors.reference, self.prompts, actors.encoder, job.config, actors.cluster)
+        assert ours.kl is not None
         verdict = compare(self.judge, texts, ours, self.before, self.judged)
         rate = win_rate(verdict.outcomes)
         found = {"eval_win_rate": rate.share, "eval_win_rate_low": rate.low, "eval_win_rate_high": rate.high}

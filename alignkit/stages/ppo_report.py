@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,8 +23,11 @@ from alignkit.observe.tracking import write_rows
 from alignkit.stages.ppo_checks import engine_gap
 
 if TYPE_CHECKING:
+    from alignkit.data.corpus import Prompt
     from alignkit.observe.tracking import Tracker
+    from alignkit.runtime.config import RunConfig
     from alignkit.stages.actors import Actors
+    from alignkit.stages.settings import PPOSettings
 
 HISTOGRAMS = 50
 
@@ -57,15 +60,9 @@ class Timers:
 
 
 def iteration_metrics(
-    rollout: Rollout,
-    scored: ScoredRollout,
-    shaped: ShapedReward,
-    target: Advantages,
-    entropy: Tensor,
-    samples: list[dict],
-    actors: Actors,
-    config,
-) -> dict[str, float]:
+    rollout: Rollout, scored: ScoredRollout, shaped: ShapedReward, target: Advantages, entropy: Tensor,
+    samples: list[dict[str, Any]], actors: Actors, config: RunConfig,
+) -> dict[str, float]:  # fmt: skip
     """What the rollouts of an iteration say, before any update. KL in nats per sequence, entropy in nats per token."""
     mask = rollout.response_mask
     tokens = float(mask.sum())
@@ -112,7 +109,7 @@ def five_numbers(values: dict[str, float]) -> list[str]:
     ]
 
 
-def draw_histograms(tracker: Tracker, rows: list[dict], iteration: int, settings) -> None:
+def draw_histograms(tracker: Tracker, rows: list[dict[str, Any]], iteration: int, settings: PPOSettings) -> None:
     """How scores, KL and lengths are spread over the responses, at most HISTOGRAMS times in a run."""
     if (iteration - 1) % math.ceil(settings.iterations / HISTOGRAMS) == 0:
         spread = {name: [row[name] for row in rows] for name in ("score", "kl", "length")}
@@ -127,7 +124,10 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     return 1.0 - residual / squares if count and squares > 0 else 0.0
 
 
-def sample_rows(prompts, texts: list[str], rollout: Rollout, scored: ScoredRollout, shaped: ShapedReward, gold):
+def sample_rows(
+    prompts: list[tuple[Prompt, list[int]]], texts: list[str], rollout: Rollout, scored: ScoredRollout,
+    shaped: ShapedReward, gold: Callable[[Prompt, str], float] | None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """One row a response, as a person reads it: prompt, response, score (gold where known), KL in nats, tokens."""
     lengths, kls, scores = (
         rollout.response_mask.sum(dim=1).tolist(),
@@ -150,7 +150,7 @@ def sample_rows(prompts, texts: list[str], rollout: Rollout, scored: ScoredRollo
     return rows
 
 
-def save_evidence(folder: Path, batch: Minibatch, scored: ScoredRollout, samples: list[dict]) -> None:
+def save_evidence(folder: Path, batch: Minibatch, scored: ScoredRollout, samples: list[dict[str, Any]]) -> None:
     """All tensors and texts of an iteration that failed, for a person to look at."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {field.name: getattr(batch, field.name) for field in fields(Minibatch)}
@@ -162,7 +162,7 @@ def save_evidence(folder: Path, batch: Minibatch, scored: ScoredRollout, samples
     write_rows(folder / "samples.jsonl", samples)
 
 
-def tell_before(config, num_prompts: int) -> None:
+def tell_before(config: RunConfig, num_prompts: int) -> None:
     """How often each prompt will be used, and a warning if the KL coefficient cannot even double within the run."""
     settings = config.ppo
     uses = settings.episodes / settings.samples_per_prompt / num_prompts
@@ -202,7 +202,7 @@ def weight_bytes(model: torch.nn.Module, seen: set[int]) -> int:
     return total
 
 
-def guards(values: dict[str, float], settings) -> dict[str, str]:
+def guards(values: dict[str, float], settings: PPOSettings) -> dict[str, str]:
     """Which limits on numbers have acted so that a person should know, by kind, in words. (How often each of them acts
     is in every row: clip_fraction, value_clip_fraction, *_grad_clip_fraction, ratio_cut_fraction.)"""
     acted = {}
@@ -220,13 +220,13 @@ def guards(values: dict[str, float], settings) -> dict[str, str]:
     return acted
 
 
-def looks_of(history: list[dict[str, float]], settings) -> dict[str, float]:
+def looks_of(history: list[dict[str, float]], settings: PPOSettings) -> dict[str, float]:
     """What the judge said of the policy that is saved: in the last look, or with keep=best in the best; {} without."""
     looks = [(number, row) for number, row in enumerate(history, start=1) if "eval_best_iteration" in row]
     if not looks:
         return {}
     best = int(looks[-1][1]["eval_best_iteration"])
-    found = {"best_iteration": best}
+    found: dict[str, float] = {"best_iteration": best}
     if settings.keep == "best":  # nothing was looked at before the first iteration but the start itself
         looks = [(number, row) for number, row in looks if number == best]
     return (
@@ -234,7 +234,7 @@ def looks_of(history: list[dict[str, float]], settings) -> dict[str, float]:
     )
 
 
-def summary_of(history: list[dict[str, float]], config, seconds: float) -> dict[str, float]:
+def summary_of(history: list[dict[str, float]], config: RunConfig, seconds: float) -> dict[str, float]:
     """Means over the last fifth of the iterations (at least one): what the run settled at."""
     last = history[-max(1, len(history) // 5) :]
     names = ("kl", "kl_coef", "score_mean", "gold_mean", "entropy", "response_length", "eos_fraction", "clip_fraction")

@@ -9,15 +9,16 @@ from alignkit.observe.alerts import EARLY, Watch
 if TYPE_CHECKING:
     from alignkit.errors import NotFinite
     from alignkit.observe.tracking import Tracker
+    from alignkit.runtime.config import RunConfig
     from alignkit.runtime.sharding import Cluster
 
 
 class Stop:
     """Why PPO ends before its last iteration, if it does: `reason` in words, the same on every rank, else ""."""
 
-    def __init__(self, config, cluster: Cluster, tracker: Tracker) -> None:
+    def __init__(self, config: RunConfig, cluster: Cluster, tracker: Tracker) -> None:
         self.limits, self.cluster, self.tracker, self.reason = config.ppo.stop_if, cluster, tracker, ""
-        self._watch = Watch(self.limits, config.kl.target, tracker.history()[:EARLY])
+        self._watch = Watch(self.limits, config.kl.target, [*tracker.history()[:EARLY]])
 
     def look(self, values: dict[str, float]) -> None:
         """Judge the iteration that has just ended. Rank 0 decides for all, as it alone has the rows so far."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignkit.algo.advantage import normalise
 from alignkit.algo.batching import permutation
@@ -21,10 +21,12 @@ from alignkit.stages.ppo_checks import check_ratio, computing_dtype
 from alignkit.stages.ptx import PtxBatches, ptx_backward
 
 if TYPE_CHECKING:
+    from alignkit.runtime.config import RunConfig
     from alignkit.stages.actors import Actors
+    from alignkit.stages.settings import PPOSettings
 
 
-def train_on(actors: Actors, batch: Minibatch, ptx: PtxBatches, config) -> Metrics:
+def train_on(actors: Actors, batch: Minibatch, ptx: PtxBatches, config: RunConfig) -> Metrics:
     """`epochs` passes over the rows of an iteration; ends early where the policy has moved by `stop_kl`."""
     metrics, state = Metrics(), actors.state
     train_policy = state.iteration >= config.ppo.value_warmup
@@ -38,7 +40,7 @@ def train_on(actors: Actors, batch: Minibatch, ptx: PtxBatches, config) -> Metri
     return metrics
 
 
-def minibatches(batch: Minibatch, config, iteration: int) -> Iterator[Minibatch]:
+def minibatches(batch: Minibatch, config: RunConfig, iteration: int) -> Iterator[Minibatch]:
     """`epochs` passes over the rows, each in a fresh order, cut into minibatches: the same on every rank."""
     for epoch in range(config.ppo.epochs):
         order = permutation(len(batch), config.seed, iteration, epoch).to(batch.tokens.device)
@@ -47,7 +49,7 @@ def minibatches(batch: Minibatch, config, iteration: int) -> Iterator[Minibatch]
 
 
 def ppo_update(
-    actors: Actors, minibatch: Minibatch, ptx: PtxBatches, config, metrics: Metrics, *,
+    actors: Actors, minibatch: Minibatch, ptx: PtxBatches, config: RunConfig, metrics: Metrics, *,
     first: bool, train_policy: bool = True,
 ) -> bool:  # fmt: skip
     """One optimizer step of the policy and one of the value model; False if `stop_kl` was reached and none was taken.
@@ -74,7 +76,7 @@ def ppo_update(
         if not settings.joint:
             step(actors, ["policy"], settings.max_grad_norm, metrics)
     if actors.value_model is not None:
-        value_backward(actors, micros, minibatch, settings, metrics)
+        value_backward(actors, actors.value_model, micros, minibatch, settings, metrics)
         step(
             actors,
             ["policy", "value"] if settings.joint and train_policy else ["value"],
@@ -85,7 +87,7 @@ def ppo_update(
 
 
 def policy_backward(
-    actors: Actors, micros: list[Minibatch], whole: Minibatch, config, metrics: Metrics, *, first: bool
+    actors: Actors, micros: list[Minibatch], whole: Minibatch, config: RunConfig, metrics: Metrics, *, first: bool
 ) -> float:
     """Add up the policy's gradient over micro-batches. Returns the mean of (log ratio)^2 / 2 over the minibatch and all
     ranks (0 where neither `stop_kl` nor a check asks for it)."""
@@ -107,7 +109,7 @@ def policy_backward(
             penalty = kl_loss(logprobs, micro.ref_logprobs, mask, estimator=kl.estimator)
             metrics.add("kl_loss", Mean(penalty.detach().sum(), mask.sum()))
             loss = loss + actors.state.kl_coef * penalty
-        if settings.entropy_coef:
+        if entropy is not None:
             loss = loss - settings.entropy_coef * torch.where(mask, entropy, 0.0)
         aggregate(loss, mask, settings.loss_aggregation, **counts).backward()
         _ratio_metrics(metrics, here, clipped, logprobs.detach(), micro)
@@ -133,13 +135,15 @@ def _ratio_metrics(metrics: Metrics, here: Metrics, clipped: Tensor, logprobs: T
     here.add("largest", Max(log_ratio.abs().max()))
 
 
-def value_backward(actors: Actors, micros: list[Minibatch], whole: Minibatch, settings, metrics: Metrics) -> None:
+def value_backward(
+    actors: Actors, model: nn.Module, micros: list[Minibatch], whole: Minibatch, settings: PPOSettings, metrics: Metrics
+) -> None:
     """Add up the value model's gradient over micro-batches."""
     counts = {"tokens": int(whole.value_mask.sum()), "rows": len(whole)}
     for number, micro in enumerate(micros, start=1):
-        actors.cluster.accumulate(actors.value_model, last=number == len(micros))
+        actors.cluster.accumulate(model, last=number == len(micros))
         width, mask = micro.value_mask.shape[1], micro.value_mask
-        values = actors.value_model(micro.tokens, micro.mask)[:, -width - 1 : -1]
+        values = model(micro.tokens, micro.mask)[:, -width - 1 : -1]
         loss, clipped = clipped_value_loss(values, micro.old_values, micro.returns, mask, clip=settings.value_clip)
         (settings.value_coef * aggregate(loss, mask, settings.loss_aggregation, **counts)).backward()
         metrics.add("value_loss", Mean(loss.detach().sum(), mask.sum()))
@@ -148,8 +152,8 @@ def value_backward(actors: Actors, micros: list[Minibatch], whole: Minibatch, se
 
 def step(actors: Actors, names: list[str], max_norm: float | None, metrics: Metrics) -> None:
     """Clip the gradient over the named models together, and let their optimizers step."""
-    models = {"policy": actors.policy, "value": actors.value_model}
-    optimizers = {"policy": actors.policy_optimizer, "value": actors.value_optimizer}
+    models: dict[str, Any] = {"policy": actors.policy, "value": actors.value_model}
+    optimizers: dict[str, Any] = {"policy": actors.policy_optimizer, "value": actors.value_optimizer}
     norm = actors.cluster.clip_gradient([models[name] for name in names], max_norm)
     if not bool(torch.isfinite(norm)):
         raise NotFinite(f"{' and '.join(names)} gradient is not finite (NaN or infinity)")

@@ -59,8 +59,10 @@ def drawn(prompts: list[Prompt], encoder: Encoder, job: Job) -> list[tuple[Promp
             f"preferences: none of {left_out} prompts has at most ppo.max_prompt={job.config.ppo.max_prompt} "
             "tokens: raise it"
         )
+    settings = job.config.overoptimize
+    assert settings is not None
     order = random.Random(f"preferences-{job.config.seed}")
     result: list[tuple[Prompt, list[int]]] = []
-    while len(result) < job.config.overoptimize.num_pairs:
+    while len(result) < settings.num_pairs:
         result += order.sample(fitting, len(fitting))
-    return result[: job.config.overoptimize.num_pairs]
+    return result[: settings.num_pairs]

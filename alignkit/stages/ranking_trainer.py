@@ -34,7 +34,7 @@ def encode_rankings(
         texts = dict.fromkeys(text for pair in group for text in (pair.chosen, pair.rejected))
         ids = {text: prompt + encoder.response(group[0].prompt, text) for text in texts}
         used: dict[str, int] = {}
-        kept: dict[str, list] = {"chosen_ids": [], "rejected_ids": [], "margin": [], "smoothing": []}
+        kept: dict[str, list[Any]] = {"chosen_ids": [], "rejected_ids": [], "margin": [], "smoothing": []}
         for pair in group:
             chosen, rejected = ids[pair.chosen], ids[pair.rejected]
             if max(len(chosen), len(rejected)) > max_length:
@@ -88,16 +88,17 @@ class RankingTrainer(RewardTrainer):
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ):
+    ) -> Any:
         """Bradley-Terry with margins and smoothing, and centring; without them, on pairs, TRL's own loss."""
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         scores, owner = outputs.logits.squeeze(-1), inputs["owner"]
         chosen, rejected, ranking = scores[inputs["chosen"]], scores[inputs["rejected"]], owner[inputs["chosen"]]
-        loss = mean_by_ranking(preference_loss(chosen, rejected, inputs["margin"], inputs.get("smoothing")), ranking)
-        loss = loss.total / loss.count
-        if self.args.center_rewards_coefficient is not None:
+        summed = mean_by_ranking(preference_loss(chosen, rejected, inputs["margin"], inputs.get("smoothing")), ranking)
+        args: Any = self.args  # RewardConfig, which Trainer does not know
+        loss, coef = summed.total / summed.count, args.center_rewards_coefficient
+        if coef is not None:
             centre = mean_by_ranking(centring(chosen, rejected, self.center_form), ranking)
-            loss = loss + self.args.center_rewards_coefficient * (centre.total / centre.count)
+            loss = loss + coef * (centre.total / centre.count)
         self._note(inputs["attention_mask"], scores.detach(), owner, (chosen - rejected).detach(), ranking)
         return (loss, outputs) if return_outputs else loss
 
@@ -107,7 +108,7 @@ class RankingTrainer(RewardTrainer):
         means = [mean_by_ranking(*x) for x in ((scores, owner), (right, ranking), (difference, ranking))]
         here = [scores.min(), scores.max(), mask.sum(), *(mean.total / mean.count for mean in means)]
         ranks = self.accelerator.gather(torch.stack([value.double() for value in here])).reshape(-1, len(here))
-        mode = "train" if self.model.training else "eval"
+        mode = "train" if self.model and self.model.training else "eval"
         if mode == "train":
             self._total_train_tokens += int(ranks[:, 2].sum())
         noted = self._metrics[mode]

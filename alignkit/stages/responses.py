@@ -18,6 +18,8 @@ from alignkit.stages.actors import WithoutAdapter, logprobs_of, sample, sampling
 from alignkit.stages.common import prompts_within, sample_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from alignkit.runtime.config import RunConfig
     from alignkit.runtime.sharding import Cluster
 
@@ -59,15 +61,14 @@ def heldout_prompts(
 
 
 def respond(
-    model, reference, prompts: list[tuple[Prompt, list[int]]], encoder: Encoder, config: RunConfig, cluster: Cluster,
-    noise: str = "one",
+    model: PreTrainedModel | WithoutAdapter, reference: PreTrainedModel | WithoutAdapter | None,
+    prompts: list[tuple[Prompt, list[int]]], encoder: Encoder, config: RunConfig, cluster: Cluster, noise: str = "one",
 ) -> Responses:  # fmt: skip
     """One response to each prompt, the same noise for every model; with a reference, the log-ratio to it."""
     rule = sampling_rule(config, encoder)
     ids, pad = [ids for _, ids in prompts], encoder.tokenizer.pad_token_id
-    alone = isinstance(model, WithoutAdapter)
-    with adapters_off(model.model) if alone else nullcontext():
-        inner = model.model if alone else model
+    inner = model.model if isinstance(model, WithoutAdapter) else model
+    with nullcontext() if inner is model else adapters_off(inner):
         whole = sample(inner, ids, 0, config, rule, cluster, pad, iteration=NOISE[noise])
     kl = nll = None
     if reference is not None:

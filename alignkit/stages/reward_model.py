@@ -4,7 +4,7 @@ seen."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset
 from torch import nn
@@ -17,7 +17,7 @@ from alignkit.data.validation import validation_split
 from alignkit.errors import UserError
 from alignkit.models.adapters import attach, quantization, trainable
 from alignkit.models.loading import load_encoder, model_folder, scorer_from_policy
-from alignkit.models.scalar import PromptedScalar, load_scalar
+from alignkit.models.scalar import PromptedScalar, Scalars, load_scalar
 from alignkit.models.settings import refuse_stacking
 from alignkit.stages.common import prepare, require_room, save_trained, show_example
 from alignkit.stages.early_stopping import EarlyStopping
@@ -26,6 +26,9 @@ from alignkit.stages.reward_report import measure
 from alignkit.stages.trainer import lay_out, make_room, offloaded, train, trainer_arguments, trl_config, whole_model
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
     from alignkit.observe.tracking import Tracker
     from alignkit.runtime.checkpoint import Checkpoints
     from alignkit.runtime.sharding import Cluster
@@ -46,19 +49,21 @@ def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) 
     rows, validation, dropped = training_rows(corpus, encoder, job, cluster)
     load = loader(job, encoder)
     model = lay_out(load, peft, cluster)
-    learnt = PromptedScalar(model) if peft.virtual_tokens else None
+    learnt = PromptedScalar(cast("PeftModel", model)) if peft.virtual_tokens else None
     if cluster.is_main:
         print(f"reward_model: training {trainable(model)}")
     trainer = make_trainer(model, rows, encoder, job, cluster)
     stopping = early_stopping(validation, len(rows), encoder, job, cluster) if validation else None
     train(trainer, job, cluster, tracker, checkpoints, stopping)
-    best = stopping.put_back(trainer.model) if stopping else {}
+    best = stopping.put_back(model) if stopping else {}
     whole = whole_model(trainer, load, cluster)
     if cluster.is_main:
+        assert whole is not None
         save_trained(whole, encoder, job, source)
     cluster.barrier()
     del trainer, model, whole, stopping
     make_room()
+    scorer: Scalars
     if learnt:
         scorer = learnt.to(cluster.device).eval()
     else:
@@ -76,7 +81,8 @@ def training_rows(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
     """The trainer's rows, those of validation ([] without reward_model.patience), and how many training pairs were left
     out."""
-    settings, pairs, aside = job.config.reward_model, corpus.train.pairs, []
+    settings, pairs = job.config.reward_model, corpus.train.pairs
+    aside: list[Pair] = []
     if not pairs:
         raise UserError(
             "data: no preference pairs; a reward model needs rows of prompt+chosen+rejected or prompt+responses, or "
@@ -111,11 +117,11 @@ def training_rows(
     return rows, validation, sum(dropped.values())
 
 
-def loader(job: Job, encoder: Encoder) -> Callable[[], nn.Module]:
+def loader(job: Job, encoder: Encoder) -> Callable[[], PreTrainedModel | PeftModel]:
     """Loads the model to be trained, as every rank does."""
     peft, source, longest = job.config.peft, model_folder(job.inputs["init"]), job.config.reward_model.max_length
 
-    def load() -> nn.Module:
+    def load() -> PreTrainedModel | PeftModel:
         model = scorer_from_policy(source, job.config.seed, **quantization(peft, skip=["score"]))
         require_room(model, job, longest)
         model.config.pad_token_id = encoder.tokenizer.pad_token_id
@@ -124,7 +130,9 @@ def loader(job: Job, encoder: Encoder) -> Callable[[], nn.Module]:
     return load
 
 
-def make_trainer(model: nn.Module, rows: list[dict], encoder: Encoder, job: Job, cluster: Cluster) -> RankingTrainer:
+def make_trainer(
+    model: nn.Module, rows: list[dict[str, Any]], encoder: Encoder, job: Job, cluster: Cluster
+) -> RankingTrainer:
     """TRL's trainer on rankings that are token ids already."""
     settings = job.config.reward_model
     arguments = trainer_arguments(job, settings, cluster, len(rows))
@@ -143,11 +151,12 @@ def make_trainer(model: nn.Module, rows: list[dict], encoder: Encoder, job: Job,
 
 
 def early_stopping(
-    validation: list[dict], num_rows: int, encoder: Encoder, job: Job, cluster: Cluster
+    validation: list[dict[str, Any]], num_rows: int, encoder: Encoder, job: Job, cluster: Cluster
 ) -> EarlyStopping:
     """Evaluates every `reward_model.evaluate_every` epochs, in whole steps."""
     settings = job.config.reward_model
     every = max(1, round(settings.evaluate_every * (num_rows // settings.batch)))
+    assert settings.patience is not None
     batch = 4 * settings.microbatch
     return EarlyStopping(validation, encoder.tokenizer.pad_token_id, batch, every, settings.patience, cluster)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignkit.algo import calibration
 from alignkit.algo.calibration import Estimate, rightness, share_interval
@@ -16,6 +17,7 @@ from alignkit.algo.statistics import contrast_accuracy
 from alignkit.data.corpus import Corpus
 from alignkit.data.tokens import Encoder
 from alignkit.errors import NotFinite, UserError
+from alignkit.models.scalar import Scalars
 from alignkit.observe.plot import histogram_series
 from alignkit.observe.reward_page import reward_page
 from alignkit.observe.tracking import without_nonfinite, write_report
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 POINTS = 400  # of each kind, in the picture of score against length
 
 
-def measure(scorer: nn.Module, corpus: Corpus, encoder: Encoder, job: Job, cluster: Cluster) -> dict[str, float]:
+def measure(scorer: Scalars, corpus: Corpus, encoder: Encoder, job: Job, cluster: Cluster) -> dict[str, float]:
     """The figures of the manifest; report.json and report.html are written beside `model/`. Collective."""
     settings, seed = job.config.reward_model, job.config.seed
 
@@ -60,7 +62,7 @@ def measure(scorer: nn.Module, corpus: Corpus, encoder: Encoder, job: Job, clust
     return {**metrics, **flat(report)}
 
 
-def reference_scores(corpus: Corpus, encoder: Encoder, job: Job, scores) -> Tensor:
+def reference_scores(corpus: Corpus, encoder: Encoder, job: Job, scores: Callable[[list[list[int]]], Tensor]) -> Tensor:
     """Scores of training demonstrations, by whose mean and deviation PPO normalises."""
     settings = job.config.reward_model
     references = sample_of(corpus.train.demonstrations, settings.reference_responses, job.config.seed)
@@ -183,7 +185,7 @@ def flat(report: dict[str, Any]) -> dict[str, float]:
 
 def plain(value: Any) -> Any:
     """Dataclasses as dicts, tuples as lists, and None for what is not finite."""
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}

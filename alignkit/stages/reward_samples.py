@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -56,7 +56,7 @@ def score_samples(
     policy = cluster.place(functools.partial(load_policy, folder), trainable=False)
     alone = cluster.world_size == 1  # else layer by layer: there may be no room for the whole model on a rank
     engine = Native(temperature=1.0, min_response=0, max_response=most, batch=4 * settings.microbatch, unshard=alone)
-    config = SimpleNamespace(seed=job.config.seed, rollout=engine)
+    config: Any = SimpleNamespace(seed=job.config.seed, rollout=engine)
     rule = SamplingRule(engine.temperature, encoder.stop_ids)
     rollout = sample(policy, kept, 0, config, rule, cluster, encoder.tokenizer.pad_token_id, iteration=NOISE)
     del policy

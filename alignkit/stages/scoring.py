@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ def _degraded(
     raise (TrainingError if reason else NotFinite)(f"{failure.name}: {share}; {place}")
 
 
-def _save(rows: list[tuple], scores: Tensor, out: Path) -> int:
+def _save(rows: list[tuple[Any, ...]], scores: Tensor, out: Path) -> int:
     """Write the batch, one response a line, and return the number of the file, 0 if the disk would not have it."""
     number = 1 + sum(1 for _ in (out / "state").glob("failed-rewards-*.jsonl"))
     lines = [

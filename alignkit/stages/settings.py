@@ -112,7 +112,7 @@ class PPOSettings:
     evaluate_prompts: Annotated[int, Field(ge=2)]
     keep: Literal["last", "best"]
     patience: Count | None
-    stop_if: section(Limits)
+    stop_if: Annotated[Limits, section(Limits)]
     max_prompt: Count
     samples_every: Count
 

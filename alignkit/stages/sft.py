@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sized
+from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset
 from torch import nn
@@ -27,6 +28,9 @@ from alignkit.stages.common import (
 from alignkit.stages.trainer import lay_out, make_room, offloaded, train, trainer_arguments, trl_config, whole_model
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from alignkit.observe.tracking import Tracker
     from alignkit.runtime.checkpoint import Checkpoints
     from alignkit.runtime.sharding import Cluster
@@ -57,6 +61,7 @@ def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) 
     train(trainer, job, cluster, tracker, checkpoints)
     whole = whole_model(trainer, start.load, cluster)
     if cluster.is_main:
+        assert whole is not None
         save_trained(whole, encoder, job, job.config.model.path, job.config.model.revision)
     cluster.barrier()
     steps, learnt = trainer.state.global_step, whole if job.config.peft.virtual_tokens else None
@@ -73,22 +78,26 @@ def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) 
 class Start:
     """What SFT starts from. Tokenizers are learnt or read along with the model."""
 
-    def __init__(self, job: Job, split: Split) -> None:
-        self.job, self.split, self.tokenizer = job, split, None
+    tokenizer: PreTrainedTokenizerBase
 
-    def load(self) -> nn.Module:
+    def __init__(self, job: Job, split: Split) -> None:
+        self.job, self.split = job, split
+
+    def load(self) -> PreTrainedModel | PeftModel:
         """The model before training, with its adapter; the tokenizer is there from then on."""
         config = self.job.config
         model, self.tokenizer = start_policy(config.model, self._texts, quantization(config.peft))
         require_room(model, self.job, config.sft.max_length)
         return attach(model, config.peft, "CAUSAL_LM")
 
-    def _texts(self) -> list[str]:
+    def _texts(self) -> Iterable[str]:
         chosen = [text for pair in self.split.pairs for text in (pair.chosen, pair.rejected)]
         return training_texts(self.split.prompts, [row.response for row in self.split.demonstrations] + chosen)
 
 
-def make_trainer(model: nn.Module, rows: list[dict], encoder: Encoder, job: Job, cluster: Cluster) -> SFTTrainer:
+def make_trainer(
+    model: PreTrainedModel | PeftModel, rows: list[dict[str, Any]], encoder: Encoder, job: Job, cluster: Cluster
+) -> SFTTrainer:
     """TRL's trainer on rows that are token ids already. Raises UserError if packing leaves too few of them."""
     settings = job.config.sft
     arguments = trainer_arguments(job, settings, cluster, len(rows))
@@ -104,14 +113,15 @@ def make_trainer(model: nn.Module, rows: list[dict], encoder: Encoder, job: Job,
         processing_class=encoder.tokenizer,
         optimizer_cls_and_kwargs=offloaded(config, job),
     )
-    if len(trainer.train_dataset) < settings.batch:
-        raise UserError(
-            f"sft.batch={settings.batch} is more than the {len(trainer.train_dataset)} packed rows: lower sft.batch"
-        )
+    packed = len(cast(Sized, trainer.train_dataset))
+    if packed < settings.batch:
+        raise UserError(f"sft.batch={settings.batch} is more than the {packed} packed rows: lower sft.batch")
     return trainer
 
 
-def tell(model, encoder: Encoder, first: Demonstration, counts: dict[str, dict[str, int]], max_length: int) -> None:
+def tell(
+    model: nn.Module, encoder: Encoder, first: Demonstration, counts: dict[str, dict[str, int]], max_length: int
+) -> None:
     """What is about to be trained on what: size, chat template, what was cut or left out, one row."""
     print(f"sft: training {trainable(model)}, vocabulary {len(encoder.tokenizer)}")
     if encoder.tokenizer.chat_template == PLAIN_TEMPLATE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,12 +53,12 @@ class PPOState:
         self.score_moments = tuple(merged.tolist())
         return merged
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Plain numbers, which JSON keeps to the last bit."""
         return asdict(self)
 
     @classmethod
-    def from_state_dict(cls, saved: dict) -> PPOState:
+    def from_state_dict(cls, saved: dict[str, Any]) -> PPOState:
         """The inverse of `state_dict`."""
         return cls(**{**saved, "score_moments": tuple(saved["score_moments"])})
 

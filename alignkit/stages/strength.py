@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) 
     return result
 
 
-def margins_of(pairs: list[Pair], folder, job: Job, cluster: Cluster) -> Tensor:
+def margins_of(pairs: list[Pair], folder: Path, job: Job, cluster: Cluster) -> Tensor:
     """Chosen score less rejected by one reward model, [n] float64; NaN for a pair that is too long for it."""
     encoder: Encoder = load_encoder(model_folder(folder))
     settings, pad = job.config.reward_model, encoder.tokenizer.pad_token_id
@@ -87,7 +88,7 @@ def margins_of(pairs: list[Pair], folder, job: Job, cluster: Cluster) -> Tensor:
     return result
 
 
-def rows_of(pairs: list[Pair], margins: Tensor, rights: Tensor) -> list[dict]:
+def rows_of(pairs: list[Pair], margins: Tensor, rights: Tensor) -> list[dict[str, Any]]:
     """One row a pair that any model has scored, the least believable label first. margins, rights [models, pairs], NaN
     where a model has not scored a pair."""
     rows = []
@@ -95,13 +96,13 @@ def rows_of(pairs: list[Pair], margins: Tensor, rights: Tensor) -> list[dict]:
         known = margin[~margin.isnan()]
         if len(known):
             believed = float(right[~right.isnan()].mean())
-            row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+            row: dict[str, Any] = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
             row |= {"mean": float(known.mean()), "std": float(known.std(correction=0)), "right": believed}
             rows.append({"key": key_of(pair), **row, "proposal": proposal(believed)})
     return sorted(rows, key=lambda row: row["right"])
 
 
-def readable(number: int, row: dict) -> str:
+def readable(number: int, row: dict[str, Any]) -> str:
     """A disagreement as a person reads it."""
     return (
         f"{number}. the label is right with probability {row['right']:.2f} (margin {row['mean']:.2f}, "

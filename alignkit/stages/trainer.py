@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from alignkit.stages.early_stopping import EarlyStopping
     from alignkit.stages.job import Job
 
+Model = TypeVar("Model", bound=nn.Module)
 OURS = {  # arguments of TRL that would go past settings of alignkit's own, and those settings
     **dict.fromkeys(("bf16", "fp16"), "compute_dtype"),
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), "sharding=fsdp2, hsdp or none"),
@@ -89,7 +90,7 @@ def trainer_arguments(job: Job, settings: Any, cluster: Cluster, num_rows: int) 
     }
 
 
-def trl_config(factory: Callable, arguments: dict[str, Any], stage: str) -> Any:
+def trl_config(factory: Callable[..., Any], arguments: dict[str, Any], stage: str) -> Any:
     """A TRL config; an argument that TRL does not know is the user's mistake in `<stage>.trainer`."""
     try:
         config = factory(**arguments)
@@ -115,7 +116,7 @@ def is_split(cluster: Cluster) -> bool:
     return cluster.mesh["shard"].size() > 1
 
 
-def lay_out(load: Callable[[], nn.Module], peft: PeftSettings, cluster: Cluster) -> nn.Module:
+def lay_out(load: Callable[[], Model], peft: PeftSettings, cluster: Cluster) -> Model:
     """The model that `load` gives as a trainer takes it, whole or split. The trainers' losses expect gradients that are
     averaged over the ranks. Raises UserError for learnt tokens, which cannot be split."""
     if not is_split(cluster):
@@ -125,7 +126,7 @@ def lay_out(load: Callable[[], nn.Module], peft: PeftSettings, cluster: Cluster)
     model = cluster.place(load, trainable=True)
     for module in model.modules():
         if hasattr(module, "set_gradient_divide_factor"):
-            module.set_gradient_divide_factor(float(cluster.world_size))
+            cast(Any, module).set_gradient_divide_factor(float(cluster.world_size))
     model.register_forward_hook(lambda module, inputs, output: convert_to_fp32(output))  # as accelerate does in DDP
     return model
 
@@ -135,7 +136,8 @@ def train(
     stopping: EarlyStopping | None = None,
 ) -> None:  # fmt: skip
     """Train, from the newest checkpoint on if there is one. Raises Interrupted if the stage is asked to end before."""
-    rows, batch = trainer.train_dataset, getattr(job.config, job.stage).batch
+    rows: Any = trainer.train_dataset
+    batch = getattr(job.config, job.stage).batch
     # Every optimizer step has `batch` rows, and an epoch as many steps for any micro-batch and number of ranks.
     trainer.train_dataset = rows.select(range(len(rows) // batch * batch))
     saver = CheckpointCallback(trainer, cluster, checkpoints, job.config.checkpoint.every_steps, stopping)
@@ -150,16 +152,16 @@ def train(
     checkpoints.finish()
 
 
-def whole_model(trainer: Trainer, load: Callable[[], nn.Module], cluster: Cluster) -> nn.Module | None:
+def whole_model(trainer: Trainer, load: Callable[[], Model], cluster: Cluster) -> Model | None:
     """The trained model with all of its weights; of a split one on rank 0 alone, in the CPU's memory."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if not is_split(cluster):
         return model
     state = cluster.full_state(model)
     if state is None:
         return None
     with torch.random.fork_rng(devices=[]), skeletons():
-        whole = load()
+        whole: Any = load()
     whole.load_state_dict(state, assign=True)
     whole.config = model.config
     if hasattr(model, "generation_config"):  # an encoder has none
@@ -186,7 +188,7 @@ class SplitCallback(TrainerCallback):
             raise UserError("sharding: accelerate would not split the model over these ranks; set sharding=none")
         self.weights = [list(group["params"]) for group in trainer.create_optimizer().param_groups]
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """accelerate is done: put the weights back."""
         for group, weights in zip(optimizer.param_groups, self.weights):
             group["params"] = weights
@@ -196,17 +198,17 @@ class ProgressCallback(TrainerCallback):
     """Shows a trainer's steps, loss and time left."""
 
     def __init__(self, stage: str) -> None:
-        self.stage, self.progress, self.note = stage, None, ""
+        self.stage, self.note = stage, ""
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress = Progress(self.stage, state.max_steps, state.is_world_process_zero, done=state.global_step)
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         shown = {key: value for key, value in (logs or {}).items() if key in ("loss", "accuracy")}
         if "loss" in shown and not math.isfinite(float(shown["loss"])):
             rate = f"{self.stage}.learning_rate={args.learning_rate}"
             raise NotFinite(f"the loss is {shown['loss']} at step {state.global_step}: lower {rate}")
         self.note = "  ".join(f"{key} {float(value):.3f}" for key, value in shown.items()) or self.note
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.update(state.global_step, self.note)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from alignkit.errors import Interrupted
 from alignkit.stages.optimizer import trained
@@ -31,7 +31,7 @@ class CheckpointCallback(TrainerCallback):
     """
 
     def __init__(
-        self, trainer: Trainer, cluster: Cluster, checkpoints: Checkpoints, every: int | None,
+        self, trainer: Any, cluster: Cluster, checkpoints: Checkpoints, every: int | None,
         stopping: EarlyStopping | None = None,
     ) -> None:  # fmt: skip
         self.trainer, self.cluster, self.checkpoints, self.every = trainer, cluster, checkpoints, every
@@ -59,7 +59,10 @@ class CheckpointCallback(TrainerCallback):
         self.trainer._load_from_checkpoint = lambda *_: None  # there are no weights in its own format
         return str(folder)
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         """Put weights, optimizer, schedule and counters back."""
         if self.found is None:
             return
@@ -77,12 +80,12 @@ class CheckpointCallback(TrainerCallback):
             group["lr"] = rate
         self.trainer._total_train_tokens = facts["num_tokens"]
 
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An epoch that was begun before has its rows in the order that they had then."""
         if self.found is None:
             self._start_epoch()
         self.found = None
-        torch.set_rng_state(self.order)
+        torch.set_rng_state(cast(Tensor, self.order))
 
     def _start_epoch(self) -> None:
         """Some orders are drawn from torch's generator, on every rank, and must be the same there. Dropout may have
@@ -90,7 +93,10 @@ class CheckpointCallback(TrainerCallback):
         self.order = self.cluster.gather(torch.get_rng_state().to(self.cluster.device))[0].cpu()
         torch.set_rng_state(self.order)
 
-    def on_log(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         """Save where a checkpoint is due. Raises Interrupted once it is saved if the stage is to end."""
         step, ends = state.global_step, state.global_step == state.max_steps or control.should_training_stop
         asked = "go on" if ends else self.checkpoints.ask(step, every=self.every)
@@ -102,7 +108,7 @@ class CheckpointCallback(TrainerCallback):
             "schedule": lr_scheduler.state_dict(),
             "numbers": numbers,
             "num_tokens": self.trainer._total_train_tokens,
-            "order": bytes(self.order.tolist()).hex(),
+            "order": bytes(cast(Tensor, self.order).tolist()).hex(),
         }
         if self.stopping:
             tensors |= self.stopping.tensors()

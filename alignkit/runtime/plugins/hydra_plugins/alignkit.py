@@ -14,7 +14,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf, open_dict
 
 from alignkit.errors import UserError
-from alignkit.runtime.compose import JobFailed, job_name, own_words
+from alignkit.runtime.compose import JobFailed, job_name, own_words, plain
 from alignkit.runtime.sweep import Job
 
 
@@ -47,7 +47,8 @@ class SweepLauncher(Launcher):
         """Run all of these jobs; what is returned of one that failed raises JobFailed when it is looked at."""
         # Hydra's own sweeper has written all settings there before anything was checked; N.yaml holds them.
         (Path(self.config.hydra.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
-        sweep, jobs, returns = self.task.sweep, [], []
+        sweep, jobs = self.task.sweep, []
+        returns: list[JobReturn] = []
         sweep.directions = directions_of(self.config.hydra.sweeper)
         for number, overrides in enumerate(job_overrides, start=initial_job_idx):
             config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
@@ -60,7 +61,7 @@ class SweepLauncher(Launcher):
             if settings.launch.inline or sweep.check is None:
                 done.return_value = self.task(settings)
                 continue
-            raw = OmegaConf.to_container(settings, resolve=True, throw_on_missing=False)
+            raw = plain(settings)
             sweep.name = raw["name"] or sweep.name
             raw["name"] = job_name(sweep.name, sweep.typed)
             changes = dict(word.split("=", 1) for word in own_words(list(overrides), sweep.typed))
@@ -85,5 +86,6 @@ class SweepLauncher(Launcher):
 
 def directions_of(sweeper: Any) -> list[str]:
     """Of a sweeper that optimises: minimize or maximize for each objective; of others none."""
-    asked = OmegaConf.to_container(sweeper).get("direction")
-    return [getattr(each, "name", each) for each in (asked if isinstance(asked, list) else [asked])] if asked else []
+    asked = plain(sweeper, resolve=False).get("direction") or []
+    several: list[Any] = asked if isinstance(asked, list) else [asked]
+    return [getattr(each, "name", each) for each in several]
