@@ -15,7 +15,6 @@ from alignkit.algo.losses import (
     clipped_value_loss,
     mean_by_ranking,
     negative_log_likelihood,
-    pairwise_loss,
     preference_loss,
     truncated_importance,
 )
@@ -328,26 +327,26 @@ def test_sums_and_counts_of_parts_add_up_to_the_whole():
 def test_the_pairwise_loss_is_exact_for_pairs_that_are_very_wrong():
     """-log(sigmoid(-100)) = 100, with a gradient of 1: no constant inside the logarithm that flattens it."""
     chosen = torch.tensor([1.0, -100.0], dtype=torch.float64, requires_grad=True)
-    loss = pairwise_loss(chosen, torch.zeros(2, dtype=torch.float64))
-    loss.total.backward()
-    assert loss.total.item() == pytest.approx(np.log1p(np.exp(-1.0)) + 100.0, rel=1e-14) and int(loss.count) == 2
+    loss = preference_loss(chosen, torch.zeros(2, dtype=torch.float64))
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([np.log1p(np.exp(-1.0)), 100.0], rel=1e-14)
     np.testing.assert_allclose(chosen.grad.numpy(), [-1 / (1 + np.e), -1.0], rtol=1e-12)
 
 
 def test_a_margin_asks_for_that_much_more():
     chosen, rejected = torch.tensor([2.0], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
-    loss = pairwise_loss(chosen, rejected, margin=torch.tensor([1.0], dtype=torch.float64))
-    assert float(loss.total) == pytest.approx(np.log1p(np.exp(-0.5)), rel=1e-14)
+    loss = preference_loss(chosen, rejected, margin=torch.tensor([1.0], dtype=torch.float64))
+    assert loss.item() == pytest.approx(np.log1p(np.exp(-0.5)), rel=1e-14)
 
 
 def test_smoothing_by_hand():
-    """d = 2 - 0.5 - 1 = 0.5: 0.9 log(1 + e^-0.5) + 0.1 log(1 + e^0.5); without smoothing the pairwise loss."""
+    """d = 2 - 0.5 - 1 = 0.5: 0.9 log(1 + e^-0.5) + 0.1 log(1 + e^0.5); without smoothing the first alone."""
     chosen, rejected, margin, smoothing = (one(x)[0] for x in (2.0, 0.5, 1.0, 0.1))
     right, wrong = np.log1p(np.exp(-0.5)), np.log1p(np.exp(0.5))
     loss = preference_loss(chosen, rejected, margin, smoothing)
     assert loss.item() == pytest.approx(0.9 * right + 0.1 * wrong, rel=1e-14)
     assert preference_loss(chosen, rejected, margin, 0 * smoothing).item() == pytest.approx(right, rel=1e-14)
-    assert preference_loss(chosen, rejected, margin).item() == pairwise_loss(chosen, rejected, margin).total.item()
+    assert preference_loss(chosen, rejected, margin).item() == pytest.approx(right, rel=1e-14)
 
 
 def test_smoothing_has_its_minimum_at_the_odds_it_names():
@@ -433,12 +432,12 @@ def test_faults_of_the_language_model_loss_are_refused():
 @pytest.mark.parametrize("margin", [None, torch.zeros(3)])
 def test_pairs_of_unlike_shape_are_refused(margin):
     with pytest.raises(ValueError, match=r"expected one shape.*\(3,\).*\(3, 1\)"):
-        pairwise_loss(torch.zeros(3), torch.zeros(3, 1), margin)
+        preference_loss(torch.zeros(3), torch.zeros(3, 1), margin)
 
 
 def test_a_margin_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"expected one shape.*\(3,\).*\(3, 1\)"):
-        pairwise_loss(torch.zeros(3), torch.zeros(3), margin=torch.zeros(3, 1))
+        preference_loss(torch.zeros(3), torch.zeros(3), margin=torch.zeros(3, 1))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from alignkit.observe import page
-from alignkit.observe.plot import DARK, LIGHT, Series, histogram, histogram_series, line_chart
+from alignkit.observe.plot import DARK, LIGHT, Series, histogram_series, line_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -59,7 +59,7 @@ def test_what_is_not_finite_or_not_there_is_left_out():
     assert "nan" not in svg and "inf" not in svg and len(places(svg, "m0")) == 2 + 1
     parsed(line_chart([]))
     parsed(line_chart([Series("one", [3], [3])]))
-    parsed(histogram({"none": []}))
+    parsed(line_chart(histogram_series({"none": []})))
 
 
 def test_names_are_text_and_not_markup():
