@@ -5,6 +5,7 @@ Nothing here imports torch before a fixture needs it: some tests check that vali
 
 import logging
 import os
+import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; two threads on shared cores are slower than one
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -59,6 +60,31 @@ def loggers_as_they_were():
     for logger, handlers, level in before:
         logger.handlers[:] = handlers
         logger.setLevel(level)
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """Call `alignkit WORDS` in this process, in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        from hydra.core.global_hydra import GlobalHydra
+
+        import alignkit.cli
+
+        monkeypatch.setattr(sys, "argv", ["alignkit", *words])
+        GlobalHydra.instance().clear()
+        code = 0
+        try:
+            alignkit.cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture(scope="session")

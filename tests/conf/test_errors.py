@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 import alignkit.cli
 import alignkit.runtime.recipe
@@ -16,19 +15,12 @@ KEYS_OF_ADAPTIVE_KL = "coef, target, horizon, estimator, place"
 
 
 @pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    """Call `alignkit WORDS` in this process, in an empty folder: (exit code, lines of stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("RANK", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
+def cli(cli):
+    """As the `cli` of all tests, but gives (exit code, lines of stderr)."""
 
     def call(*words: str) -> tuple[int, list[str]]:
-        monkeypatch.setattr(sys, "argv", ["alignkit", *words])
-        GlobalHydra.instance().clear()
-        with pytest.raises(SystemExit) as stop:
-            alignkit.cli.main()
-        return stop.value.code, capsys.readouterr().err.splitlines()
+        code, _, said = cli(*words)
+        return code, said.splitlines()
 
     return call
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from plan_world import save_models, small_config
 from ppo_world import EXACT, Recorder
 
 from alignkit.algo.sampling import SamplingRule
@@ -12,6 +13,12 @@ from alignkit.models.scalar import ScalarModel
 from alignkit.reward.model import ModelSource
 from alignkit.stages.actors import Actors
 from alignkit.stages.state import PPOState
+
+
+@pytest.fixture(scope="session")
+def encoder(tiny_tokenizer):
+    """Prompts and responses as ids of `tiny_tokenizer`."""
+    return make_encoder(tiny_tokenizer, None)
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +59,9 @@ def exact(make_actors):
 @pytest.fixture(scope="module")
 def single(make_actors):
     return make_actors("llama", torch.float32)
+
+
+@pytest.fixture(scope="session")
+def folders(tiny_tokenizer, tmp_path_factory):
+    """`policy` and `reward` in it: models with random weights, as finished stages leave them."""
+    return save_models(tmp_path_factory.mktemp("models"), tiny_tokenizer, small_config("llama"))

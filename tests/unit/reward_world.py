@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from alignkit.algo.batching import pad_left, pad_right
 from alignkit.algo.types import Rollout
 from alignkit.models.tokenizer import learn_tokenizer
+from alignkit.reward.function import Function
+from alignkit.reward.http import Http
 from alignkit.reward.source import Answers
 from alignkit.stages.scoring import reward_scores
 
@@ -120,3 +122,12 @@ class Endpoint:
 def lengths(request):
     """The right answer: the length of each response."""
     return 200, json.dumps({"scores": [len(response) for response in request["responses"]]})
+
+
+def function(named: str, batch=64, timeout=5.0, on_failure="stop"):
+    return Function(function=named, batch=batch, timeout=timeout, on_failure=on_failure)
+
+
+def http(url: str, **changes) -> Http:
+    usual = {"batch": 2, "concurrency": 2, "timeout": 5.0, "retries": 2, "backoff": 0.01, "on_failure": "stop"}
+    return Http(url=url, **{**usual, "token_env": None, **changes})

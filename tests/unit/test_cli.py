@@ -6,32 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 import alignkit
 import alignkit.cli
 import alignkit.runtime.recipe
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    """Call `alignkit WORDS` in this process, in an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("RANK", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["alignkit", *words])
-        GlobalHydra.instance().clear()
-        code = 0
-        try:
-            alignkit.cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

@@ -120,7 +120,7 @@ TRL = [
      "test_ppo_update.py::test_scoring_keeps_the_precision_of_the_model"),
     ("gradient checkpointing is never switched on",
      "dist/test_any_number_of_ranks.py::test_three_iterations_in_float64_do_not_depend_on_ranks_layout_or_micro_batch",
-     "test_plan.py::test_each_setting_makes_smaller_what_it_is_there_for_and_nothing_larger"),
+     "test_plan_command.py::test_each_setting_makes_smaller_what_it_is_there_for_and_nothing_larger"),
     ("training computes logits of the prompt, keeps all hidden states and a cache", STEP),
     ("entropy over the vocabulary is computed in every update for the log alone", STEP),
     ("scores [B, T, V] of a rollout are kept, twice", WHOLE),

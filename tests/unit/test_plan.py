@@ -1,46 +1,42 @@
-"""`alignkit plan`: what it counts, against real models, the allocator, published figures and formulas by hand."""
+"""`alignkit plan`: what it counts, against published figures, real models and the allocators."""
 
 import copy
 import gc
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import hydra
 import pytest
 import torch
 import torch.distributed as dist
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from plan_world import GIB, LOOP, SMALL, config_of, planned, save_models, small_config, spec_of
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import alignkit.cli
-from alignkit.algo.batching import token_cuts
 from alignkit.algo.sampling import SamplingRule
 from alignkit.errors import UserError
-from alignkit.models.loading import build_model, load_causal, load_encoder, model_config, scorer_from_policy
+from alignkit.models.loading import build_model, load_causal, load_encoder, model_config
 from alignkit.models.memory import ATTENTION, peak_of
 from alignkit.models.policy import response_logprobs
 from alignkit.models.scalar import ScalarModel
 from alignkit.models.settings import ModelSettings
 from alignkit.rollout.cache import room_for
-from alignkit.runtime import plan_text
-from alignkit.runtime.config import RunConfig, conf_dir, load
+from alignkit.runtime.config import RunConfig, conf_dir
 from alignkit.runtime.plan import plan
 from alignkit.runtime.plan_models import find_sources, options
 from alignkit.runtime.plan_ppo import Cast
-from alignkit.runtime.plan_types import Footprint, Layout, Phase
+from alignkit.runtime.plan_types import Layout
 from alignkit.runtime.sharding import Cluster
 from alignkit.stages import ppo, ppo_update
 from alignkit.stages.actors import adam, load_actors
 from alignkit.stages.job import Job
 from alignkit.stages.ptx import PtxBatches
 
-GIB = 2**30
 PUBLISHED = {  # parameters, and who says so
     "gpt2": (124_439_808, "KerasHub preset gpt2_base_en: 124,439,808; openai/gpt-2: 124M"),
     "pythia_1b": (1_011_781_632, "model card: 805,736,448 without embeddings, and two of 50,304 x 2,048"),
@@ -57,43 +53,6 @@ PUBLISHED = {  # parameters, and who says so
     "mistral_7b": (7_248_023_552, "safetensors total on the Hub; KerasHub preset mistral_0.3_7b_en"),
     "smollm2_135m": (134_515_008, "safetensors total on the Hub; model card: 135M"),
 }
-SMALL = {  # a model whose activations are larger than its weights, so that both are seen
-    "hidden_size": 64, "intermediate_size": 168, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 2000, "tie_word_embeddings": False, "num_labels": 1,
-    "pad_token_id": 0,
-}  # fmt: skip
-LOOP = (  # one PPO iteration of it
-    "ppo.batch=4", "ppo.minibatch=4", "ppo.microbatch_tokens=128", "ppo.episodes=40", "ppo.epochs=1",
-    "ppo.max_prompt=56", "rollout.max_response=8", "rollout.min_response=7", "rollout.batch=4", "reward.normalise=none",
-)  # fmt: skip
-
-
-def composed(recipe: str, *words: str) -> dict:
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return OmegaConf.to_container(hydra.compose(recipe, overrides=list(words)), resolve=True)
-
-
-def config_of(recipe: str, *words: str) -> RunConfig:
-    return load(composed(recipe, *words))
-
-
-def planned(recipe: str, *words: str, sources=None) -> dict[str, Phase]:
-    return {phase.name: phase for phase in plan(recipe, config_of(recipe, *words), sources)}
-
-
-def small_config(architecture: str, **changes):
-    return AutoConfig.for_model(architecture, **{**SMALL, **changes})
-
-
-def resting(recipe: str, *words: str) -> dict[str, Footprint]:
-    """What PPO's models take at rest."""
-    config = config_of(recipe, *words)
-    return Cast.of(config, *find_sources(recipe, config), Layout.of(config)).models()
-
-
-def spec_of(**changes) -> ModelSettings:
-    return ModelSettings(**{**OmegaConf.load(conf_dir() / "model" / "tiny.yaml"), **changes})
-
 
 # -------------------------------------------------------------------------------------------------- named architectures
 
@@ -340,22 +299,6 @@ def allocated(call: Callable) -> tuple[object, int]:
     return result, most
 
 
-@pytest.fixture(scope="module")
-def folders(tiny_tokenizer, tmp_path_factory) -> Path:
-    """`policy` and `reward` in it: models with random weights, as finished stages leave them."""
-    return save_models(tmp_path_factory.mktemp("models"), tiny_tokenizer, small_config("llama"))
-
-
-def save_models(place: Path, tokenizer, config) -> Path:
-    config.update({"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id})
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(place / "policy")
-    scorer_from_policy(place / "policy", seed=1).save_pretrained(place / "reward")
-    for name in ("policy", "reward"):
-        tokenizer.save_pretrained(place / name)
-    return place
-
-
 def peaks_of_an_iteration(config: RunConfig, place: Path, measure: Callable, monkeypatch) -> dict[str, list[int]]:
     """Peaks of the second PPO iteration, when the moments are there, by phase: of each call that makes up the phase."""
     cluster = Cluster.open(
@@ -407,231 +350,6 @@ def test_the_phases_of_a_real_iteration_peak_where_the_cpus_allocator_says(words
     for name, phase in phases.items():
         expected = sum(f.total - f.weights - f.optimizer for f in phase.models.values())
         assert max(found[name]) == pytest.approx(expected, rel=0.06), name
-
-
-# ------------------------------------------------------------------------------------------------------- what must hold
-
-GROWS = {  # what changes -> the phases that it makes smaller
-    "sharding.activation_checkpointing=true": {"policy update", "value update", "sft", "reward_model"},
-    "compute_dtype=bfloat16": {"rollout", "scoring", "policy update", "value update", "sft", "reward_model"},
-    "ppo.microbatch_tokens=384": {"scoring", "policy update", "value update"},
-    "sft.microbatch=4": {"sft"},
-    "reward_model.microbatch=4": {"reward_model"},
-    "rollout.batch=4": {"rollout"},
-    "rollout.unshard=false": {"rollout"},
-    "rollout.max_response=16": {"scoring", "policy update", "value update"},
-    "ppo.max_prompt=16": {"rollout", "scoring", "policy update", "value update"},
-    "launch.processes=4": {"rollout", "scoring", "policy update", "value update", "sft", "reward_model"},
-    "sharding.offload_optimizer=true": {"rollout", "scoring", "policy update", "value update", "sft", "reward_model"},
-    "sharding.offload_frozen=true": {"rollout", "scoring", "policy update", "value update"},
-    "advantage=reinforce_pp": {"rollout", "scoring", "policy update"},
-}
-MIDDLE = (  # on the embedded default, a model whose weights and activations are of about one size
-    "model.hidden_size=256", "model.vocab_size=4000", "sft.max_length=128", "ppo.batch=8",
-    "ppo.minibatch=8", "ppo.microbatch_tokens=768", "sft.microbatch=8", "reward_model.microbatch=8", "ppo.episodes=80",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def middle():
-    """The same for all plans, so that what a setting does not change is not computed again."""
-    return find_sources("rlhf", config_of("rlhf", *MIDDLE))
-
-
-@pytest.fixture(scope="module")
-def before(middle) -> dict[str, Phase]:
-    return planned("rlhf", *MIDDLE, sources=middle)
-
-
-@pytest.mark.parametrize("word", GROWS)
-def test_each_setting_makes_smaller_what_it_is_there_for_and_nothing_larger(word, before, middle):
-    after = planned("rlhf", *MIDDLE, word, sources=middle)
-    for name, phase in after.items():
-        if name in GROWS[word]:
-            assert phase.total < before[name].total, name
-        else:
-            assert phase.total <= before[name].total, name
-
-
-@pytest.mark.parametrize("of, made", [(64, (2, 450, 100)), (8, (1, 500, 100)), (1, (1, 500, 100))])
-def test_a_micro_batch_is_as_full_as_the_budget_and_the_rows_allow(of, made, middle):
-    """1,100 tokens are two rows of 550 rather than one of 600; on eight ranks, eight rows are one each."""
-    config = config_of("rlhf", *MIDDLE, "launch.processes=8", "ppo.microbatch_tokens=1100")
-    cast = Cast.of(config, *middle, Layout.of(config))
-    assert cast.micro(of, 500, 100) == made
-
-
-def test_replicas_split_nothing_and_groups_split_as_far_as_they_go(middle):
-    def policy(*words: str):
-        config = config_of("rlhf", *MIDDLE, *words)
-        return Cast.of(config, *middle, Layout.of(config)).models()["policy"]
-
-    whole, groups = (policy("launch.processes=4", f"sharding.shard_size={size}") for size in (1, 2))
-    alone = policy()
-    assert (whole.weights, whole.optimizer) == (alone.weights, alone.optimizer)
-    assert groups.optimizer == alone.optimizer // 2
-
-
-def test_the_step_takes_a_square_root_of_every_moment_and_an_average_another_copy(middle):
-    """AdamW on a GPU works on all weights at once; with the moments in the CPU's memory on one."""
-
-    def step(*words: str):
-        config = config_of("rlhf", *MIDDLE, "ppo.ema=0.9", *words)
-        return dict(Cast.of(config, *middle, Layout.of(config)).policy_update())["optimizer step"]
-
-    count = 4000 * 256 + 2 * (4 * 256 * 256 + 3 * 256 * 680 + 2 * 256) + 256
-    models, aside = step(), step("sharding.offload_optimizer=true")["policy"]
-    assert models["policy"].gradients == models["policy average"].weights == 4 * count
-    assert models["policy"].optimizer == 12 * count
-    assert aside.optimizer == 12 * 4000 * 256
-
-
-def test_an_adapter_shares_the_bases_and_trains_little(folders):
-    words = (f"policy={folders / 'policy'}", f"reward.path={folders / 'reward'}", *LOOP)
-    whole, thin = resting("ppo", *words), resting("ppo", *words, "peft=lora")
-    assert set(whole) == {"policy", "reference", "value model", "reward model"}
-    assert set(thin) == {"policy", "value model"}
-    assert thin["policy"].optimizer < 0.2 * whole["policy"].optimizer
-    assert whole["policy"].weights < thin["policy"].weights < 1.2 * whole["policy"].weights
-
-
-# ---------------------------------------------------------------------------------------------------- the command line
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    """Call `alignkit WORDS` in this process, in an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["alignkit", *words])
-        GlobalHydra.instance().clear()
-        with pytest.raises(SystemExit) as stop:
-            alignkit.cli.main()
-        assert not any(tmp_path.iterdir())
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return call
-
-
-def phases_in(text: str) -> list[str]:
-    """The first words of the table's rows that are not indented."""
-    rows = text.split("on each GPU", 1)[1].split("\n\n")[0].splitlines()[1:]
-    return [row.split(":")[0] for row in rows if not row.startswith(" ")]
-
-
-def test_it_prints_every_phase_and_names_the_peak(cli):
-    code, out, err = cli("plan", "rlhf")
-    assert (code, err) == (0, "")
-    assert out.startswith("rlhf: model llama, 2 layers of 64, 0.14 M parameters, float32, 1 GPU\n")
-    assert out.count("<- peak") == 1
-    assert "peak: sft (training step), " in out and "--gpu-memory=GIB says whether it fits" in out
-
-
-PHASES = [("sft", 1), ("reward_model", 1), ("ppo", 4), ("denoise", 2), ("frontier", 6)]
-
-
-@pytest.mark.parametrize("recipe, phases", PHASES)
-def test_every_recipe_has_its_phases(cli, recipe, phases):
-    code, out, _ = cli("plan", recipe, "data=jsonl", "data.path=absent.jsonl")
-    assert code == 0
-    assert len(phases_in(out)) == phases
-
-
-@pytest.mark.parametrize("flag", [("--gpu-memory", "80"), ("--gpu-memory=80",)], ids=" ".join)
-def test_it_says_that_it_fits_with_a_tenth_left(cli, flag):
-    code, out, err = cli("plan", "sft", *flag)
-    assert (code, err) == (0, "")
-    assert "\nfits: 72.00 GiB of 80 GiB can be planned; a tenth is left for the CUDA context, " in out
-
-
-def test_it_says_what_would_help_and_by_how_much(cli):
-    words = ("model.hidden_size=128", "model.vocab_size=4000", "ppo.microbatch_tokens=3072")
-    code, out, err = cli("plan", "ppo", *words, "--gpu-memory", "0.2")
-    assert (code, err) == (1, "")
-    assert "does not fit: 184.32 MiB of 0.2 GiB can be planned" in out
-    helped = [line.strip() for line in out.split("what would help, each alone:\n")[1].splitlines()]
-    sizes = [float(line.split(": ")[1].split()[0]) for line in helped if not line.startswith("launch.processes")]
-    assert sizes == sorted(sizes) and len(sizes) >= 2
-    change, _, said = helped[0].partition(": ")
-    phases = planned("ppo", *words, *change.split())
-    assert said == f"{plan_text.amount(max(phase.total for phase in phases.values()))}, fits"
-
-
-def test_where_no_setting_is_enough_it_says_what_several_make(cli):
-    words = ("model.hidden_size=256", "ppo.max_prompt=8", "rollout.max_response=8", "--gpu-memory=0.012")
-    code, out, _ = cli("plan", "ppo", *words)
-    assert code == 1
-    together = out.split("together:\n")[1].splitlines()
-    assert len(together) == 1 and together[0].count("=") >= 2
-
-
-def test_sixty_four_gpus_are_planned_without_one(cli):
-    sizes = ("sft.batch=64", "reward_model.batch=64", "ppo.minibatch=64")
-    code, out, _ = cli("plan", "rlhf", "launch.processes=8", "launch.machines=8", "launch.rendezvous=h:1", *sizes)
-    assert code == 0
-    assert "64 GPUs, models split over 64" in out
-
-
-def test_a_sweep_is_planned_job_by_job(cli):
-    code, out, _ = cli("plan", "sft", "-m", "sft.microbatch=8,16")
-    assert code == 0
-    assert out.count("sft: training step") == 2
-
-
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        ((), "plan: no recipe '' that trains; those are rlhf, sft, reward_model, ppo, denoise, frontier"),
-        (("evaluate",), "plan: no recipe 'evaluate' that trains; those are rlhf, sft"),
-        (("rlhf", "--gpu-memory=much"), "--gpu-memory=much: expected the GiB of one GPU, as in --gpu-memory=80"),
-        (("rlhf", "--gpu-memory"), "--gpu-memory=: expected the GiB of one GPU, as in --gpu-memory=80"),
-        (("rlhf", "ppo.eopchs=2"), "ppo.eopchs: unknown key; did you mean ppo.epochs?"),
-        (("sft", "model.path=/no/such/place"), "model.path=/no/such/place: no such folder, and no Hub id (OWNER/NAME)"),
-        (("ppo", "policy=."), "policy=.: no model's config could be read there: "),
-        (("sft", "model.path=no/such"), "model.path=no/such: no model's config could be read there: "),
-        (("sft", "peft=prefix", "model.path=gpt2"), "peft.method=prefix: learnt tokens and quantised weights are not"),
-    ],
-)
-def test_a_mistake_is_one_line(cli, words, said):
-    code, out, err = cli("plan", *words)
-    assert (code, out) == (2, "")
-    assert err.startswith(f"error: {said}") and err.count("\n") == 1
-
-
-def test_a_model_whose_attention_cannot_be_counted_is_named(cli, tmp_path_factory):
-    place = tmp_path_factory.mktemp("falcon")
-    AutoConfig.for_model("falcon", hidden_size=32, num_hidden_layers=2, num_attention_heads=2).save_pretrained(place)
-    code, _, err = cli("plan", "sft", f"model.path={place}", "sft.max_length=16")
-    assert code == 2
-    assert err.endswith(": falcon computes attention in code of its own, which cannot be counted\n")
-
-
-# -------------------------------------------------------------------------------------------- what a model is read from
-
-
-def test_a_hub_id_of_a_shipped_option_needs_no_network():
-    source, _ = find_sources("sft", config_of("sft", "model.path=Qwen/Qwen3-0.6B"))
-    assert source.name == "model.path=Qwen/Qwen3-0.6B"
-    assert (source.config.model_type, source.config.num_hidden_layers, source.vocab) == ("qwen3", 28, 151_936)
-
-
-def test_beside_an_unknown_hub_id_the_sections_dimensions_count(cli):
-    words = ("sft.max_length=16", "sft.microbatch=1", "model.path=me/my-fine-tune", "model.num_layers=2")
-    code, out, _ = cli("plan", "sft", "model=smollm2_135m", *words)
-    assert code == 0
-    assert out.startswith("sft: model.path=me/my-fine-tune, 35.39 M parameters, float32, 1 GPU\n")
-
-
-def test_a_local_folder_counts_as_it_is_and_an_adapter_as_its_base(folders, tmp_path):
-    def weights(policy: Path) -> int:
-        return resting("ppo", f"policy={policy}", *LOOP)["policy"].weights
-
-    (tmp_path / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": str(folders / "policy")}), encoding="utf-8"
-    )
-    assert weights(folders / "policy") == weights(tmp_path) == pytest.approx(4 * 345_408, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------------ GPU
@@ -697,22 +415,3 @@ def test_training_with_trl_peaks_where_the_gpus_allocator_says(stage, dtype, lar
     peak = torch.cuda.max_memory_allocated()
     print(f"{stage}: measured {peak / GIB:.2f} GiB, planned {phase.total / GIB:.2f} GiB")
     assert peak == pytest.approx(phase.total, rel=0.15)
-
-
-def test_an_engine_with_weights_of_its_own_takes_a_copy_more():
-    words = ("model.hidden_size=128", "model.vocab_size=4000")
-    native, compiled = (plan("ppo", config_of("ppo", *words, f"rollout={name}")) for name in ("native", "compiled"))
-    for before, after in zip(native, compiled, strict=True):
-        copy = after.models["engine's copy"]
-        sampling = before.models["policy"].kv_cache  # which is in the copy's cache then
-        assert copy.weights > 0 and copy.kv_cache > 0
-        assert after.total == pytest.approx(before.total + copy.weights + copy.kv_cache - sampling)
-
-
-@pytest.mark.parametrize("budget, several", [(48, False), (47, True), (40, True)])
-def test_where_the_last_row_does_not_fit_there_are_several_micro_batches(budget, several, middle):
-    """Four rows of 12 tokens; of 40 tokens the plan's micro-batch has four rows of 10, the real ones three and one."""
-    words = ("ppo.batch=4", "ppo.minibatch=4", "ppo.max_prompt=6", "rollout.max_response=6")
-    config = config_of("rlhf", *MIDDLE, *words, f"ppo.microbatch_tokens={budget}")
-    cast = Cast.of(config, *middle, Layout.of(config))
-    assert cast.several == several == (len(token_cuts(torch.full((4,), 12), budget)) > 1)

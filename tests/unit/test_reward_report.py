@@ -13,7 +13,6 @@ from torch import nn
 from alignkit.algo.calibration import rightness, share_interval
 from alignkit.data.corpus import Corpus, Demonstration, Pair, Split
 from alignkit.errors import TrainingError, UserError
-from alignkit.models.loading import make_encoder
 from alignkit.stages import reward_samples
 from alignkit.stages.heldout import Heldout, groups_of, score_heldout
 from alignkit.stages.job import Job
@@ -23,11 +22,6 @@ WORDS = [
     *("harbour", "quiet", "before", "storm", "west", "wrote", "three", "letters", "sent", "none", "small", "burned"),
     *("window", "street", "stones", "beach"),
 ]
-
-
-@pytest.fixture(scope="module")
-def encoder(tiny_tokenizer):
-    return make_encoder(tiny_tokenizer, None)
 
 
 class ByLength(nn.Module):

@@ -5,7 +5,6 @@ import torch
 
 from alignkit.data.corpus import Demonstration, Pair, Split
 from alignkit.errors import UserError
-from alignkit.models.loading import make_encoder
 from alignkit.observe.closing import table
 from alignkit.observe.progress import Progress, duration
 from alignkit.stages.common import encode_demonstrations
@@ -13,11 +12,6 @@ from alignkit.stages.heldout import score_heldout, usable
 from alignkit.stages.reward_report import accuracy_metrics
 
 TURN = [{"role": "user", "content": "why?"}]
-
-
-@pytest.fixture(scope="module")
-def encoder(tiny_tokenizer):
-    return make_encoder(tiny_tokenizer, None)
 
 
 def test_sft_learns_the_response_and_its_end_but_not_the_prompt(encoder):

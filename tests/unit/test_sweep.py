@@ -13,9 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra.core.global_hydra import GlobalHydra
 
-import alignkit.cli
 from alignkit.errors import UserError
 from alignkit.observe.leaderboard import (
     check_directions,
@@ -49,24 +47,11 @@ STUB = """
 
 
 @pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    """Call `alignkit WORDS` in this process, in an empty folder, jobs being stubs: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def cli(cli, tmp_path, monkeypatch):
+    """As the `cli` of all tests, jobs being stubs."""
     (tmp_path / "stub.py").write_text(textwrap.dedent(STUB))
     monkeypatch.setattr(sweep, "command", lambda file: [sys.executable, str(tmp_path / "stub.py"), str(file)])
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["alignkit", *words])
-        GlobalHydra.instance().clear()
-        code = 0
-        try:
-            alignkit.cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return call
+    return cli
 
 
 def told() -> list[dict]:
