@@ -115,7 +115,7 @@ def open_artifact(path: str, stages: Sequence[str] = ()) -> Artifact:
         folder = folder.parent
     if (folder / "manifest.json").is_file() and not (folder / "config.json").is_file():
         manifest = _manifest(folder)
-        lost = ["manifest.json"] if manifest is None else _lost_files(folder, manifest)
+        lost = ["manifest.json"] if manifest is None else damaged_files(folder, manifest)
         if manifest is None or lost:
             raise UserError(f"'{path}' is damaged: {lost[0]} is missing, cut off or changed; make it again")
         if stages and manifest["stage"] not in stages:
@@ -180,7 +180,7 @@ class Store:
         """The finished product of that digest, if its manifest is there and names files that are all there."""
         folder = self.folder / f"{stage}-{digest}"
         manifest = _manifest(folder)
-        if manifest is None or _lost_files(folder, manifest):
+        if manifest is None or damaged_files(folder, manifest):
             return None
         return Artifact(folder, digest, manifest["metrics"])
 
@@ -238,11 +238,6 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     )
 
 
-def _lost_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """The files that the manifest names and that are missing, cut off or changed."""
-    return [name for name, facts in manifest["files"].items() if not intact(folder / name, facts)]
-
-
 def intact(file: Path, facts: Mapping[str, Any]) -> bool:
     """Whether a file has the size and SHA-256 that were written down of it."""
     return file.is_file() and file.stat().st_size == facts["bytes"] and file_digest(file) == facts["sha256"]
@@ -290,3 +285,8 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def damaged_files(place: Path, seal: Mapping[str, Any]) -> list[str]:
+    """The files that a seal or a manifest names and that are missing, cut off or changed."""
+    return [name for name, facts in seal["files"].items() if not intact(place / name, facts)]

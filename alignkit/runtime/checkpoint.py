@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from alignkit.errors import UserError
-from alignkit.runtime.artifact import file_facts
+from alignkit.runtime.artifact import damaged_files, file_facts
+from alignkit.runtime.config import leaves
 from alignkit.runtime.random_state import random_state, set_random_state
-from alignkit.runtime.seal import SEAL, damaged_files, read_seal, write_seal
+from alignkit.runtime.seal import SEAL, read_seal, write_seal
 
 if TYPE_CHECKING:
     from alignkit.observe.tracking import Tracker
@@ -242,12 +243,3 @@ def _cause(fault: BaseException | None) -> str:
     text = next(iter(str(fault).strip().splitlines()), "") or type(fault).__name__
     hidden = "inline_container" in text  # torch's words for what the system said
     return f"a file could not be written, as on a full disk: {text}" if hidden else text
-
-
-def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every setting."""
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

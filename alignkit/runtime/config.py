@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import importlib
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -272,3 +272,12 @@ def with_changes(raw: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, A
         section, _, rest = key.partition(".")
         result[section] = with_changes(result[section], {rest: value}) if rest else value
     return result
+
+
+def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every setting."""
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -15,14 +15,14 @@ import importlib.metadata
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from alignkit import __version__
 from alignkit.errors import UserError
-from alignkit.runtime.config import RunConfig
+from alignkit.runtime.config import RunConfig, leaves
 from alignkit.runtime.link import Link, Lost, address, listen
 from alignkit.runtime.settings import LaunchSettings
 from alignkit.runtime.signals import Noted, Stopped, relay
@@ -177,7 +177,7 @@ def facts_of(config: RunConfig, raw: dict[str, Any]) -> dict[str, Any]:
     """What must be the same on all machines, flat: settings, the user's code and data, versions; or the fault that
     hinders to find it."""
     try:
-        facts = {name: value for name, value in _flat(with_sources(raw)) if name not in OWN}
+        facts = {name: value for name, value in leaves(with_sources(raw)) if name not in OWN}
         facts["digest of the data"] = config.data.fingerprint()
     except UserError as error:
         return {"fault": str(error)}
@@ -196,11 +196,3 @@ def differences(machine: int, there: Mapping[str, Any], here: Mapping[str, Any])
     return (
         f"launch.machine={machine} was started otherwise than machine 0: {listed}{more}; start the same command there"
     )
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

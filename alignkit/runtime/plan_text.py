@@ -13,10 +13,9 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import UserError
-from alignkit.models.settings import refuse_in_ppo, refuse_thin_chain
 from alignkit.runtime.config import conf_dir, load
 from alignkit.runtime.outer import is_extra_task, with_outer
-from alignkit.runtime.recipe import report
+from alignkit.runtime.recipe import checked, report
 from alignkit.runtime.rules import TRAINS
 
 if TYPE_CHECKING:
@@ -91,11 +90,7 @@ def gpu_memory(words: list[str]) -> tuple[list[str], float | None]:
 def tell(recipe: str, raw: dict[str, Any], memory: float | None) -> int:
     """Print the plan of one composed configuration. Returns the exit code."""
     try:
-        config = load(raw := with_outer(raw))
-        if "ppo" in TRAINS[recipe]:
-            refuse_in_ppo(config.peft)
-        if len(TRAINS[recipe]) > 1:
-            refuse_thin_chain(config.peft)
+        config = checked(recipe, raw := with_outer(raw))
         from alignkit.runtime.plan import plan
         from alignkit.runtime.plan_models import find_sources
 

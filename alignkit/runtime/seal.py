@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alignkit.runtime.artifact import intact, write_json
+from alignkit.runtime.artifact import write_json
 
 SEAL = "sealed.json"
 
@@ -24,11 +24,6 @@ def read_seal(place: Path) -> dict[str, Any]:
     if not isinstance(seal, dict) or seal.pop("sha256", None) != _digest(seal):
         raise ValueError(f"{place / SEAL} was changed")
     return seal
-
-
-def damaged_files(place: Path, seal: dict[str, Any]) -> list[str]:
-    """The files that the seal names and that are missing, cut off or changed."""
-    return [name for name, facts in seal["files"].items() if not intact(place / name, facts)]
 
 
 def _digest(seal: dict[str, Any]) -> str:

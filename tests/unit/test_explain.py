@@ -183,6 +183,11 @@ def test_types_are_told_in_words():
     assert takes(dict[str, int]) == takes(None) == ""
 
 
+def test_a_file_with_nothing_but_comments_has_no_settings(tmp_path):
+    (tmp_path / "empty.yaml").write_text("# Nothing is set here yet.\n", encoding="utf-8")
+    assert read(tmp_path / "empty.yaml") == written.Source("Nothing is set here yet.", {}, (), {})
+
+
 def place_of(file: str, text: str) -> str:
     lines = (Path(CONF.parent) / file).read_text("utf-8").splitlines()
     return f"{file}:{next(n for n, line in enumerate(lines, start=1) if line.startswith(text))}"

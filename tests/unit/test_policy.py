@@ -147,3 +147,10 @@ def test_a_packed_scalar_model_reads_the_same_values(tiny_policy, tmp_path):
     pack(model)
     torch.testing.assert_close(model(tokens, mask), before, rtol=1e-10, atol=1e-12)
     assert model(tokens, mask)[~mask].abs().sum() == 0
+
+
+def test_a_value_model_of_the_users_own_is_left_as_it_is():
+    """A reward source may bring one: any module of (tokens, mask)."""
+    model = torch.nn.Linear(1, 1)
+    pack(model)
+    assert not hasattr(model, "rows_are_packed")
