@@ -130,6 +130,22 @@ def test_the_package_can_be_read_in_a_day():
     assert sum(len(text.splitlines()) for text in SOURCES.values()) < 20800
 
 
+def test_nothing_is_defined_that_only_tests_use():
+    """Functions and classes of a module. A strategy is used where a YAML file names it, a public name in __init__."""
+    root, init = Path(__file__).parents[1], PACKAGE / "__init__.py"
+    files = [*root.glob("conf/**/*.yaml"), *root.glob("recipes/*.py"), root / "pyproject.toml", init]
+    used = {name for file in files for name in re.findall(r"\w+", file.read_text("utf-8"))}
+    defined: dict[str, str] = {}
+    for path, text in SOURCES.items():
+        for node in ast.parse(text).body:
+            own = getattr(node, "name", "")
+            defined |= {own: path} if own else {}
+            used |= {
+                name for each in ast.walk(node) if (name := getattr(each, "id", getattr(each, "attr", own))) != own
+            }
+    assert {name: path for name, path in defined.items() if name not in used} == {}
+
+
 def docstrings(text: str) -> Iterator[str]:
     documented = ast.Module | ast.ClassDef | ast.FunctionDef
     yield from (ast.get_docstring(node) or "" for node in ast.walk(ast.parse(text)) if isinstance(node, documented))

@@ -10,9 +10,11 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from plan_world import composed
 
 from alignkit.errors import UserError
 from alignkit.observe.leaderboard import (
@@ -24,7 +26,7 @@ from alignkit.observe.leaderboard import (
     objectives_of,
     ranked,
 )
-from alignkit.runtime import sweep
+from alignkit.runtime import sweep, sweep_logs
 from alignkit.runtime.slots import slots_for, visible_gpus
 
 STUB = """
@@ -206,7 +208,7 @@ def test_optuna_is_given_the_objective_and_looks_in_its_direction(cli):
 def test_a_signal_reaches_every_job_and_the_rest_are_not_begun(tmp_path):
     program = """
         import sys, alignkit.cli
-        from alignkit.runtime import sweep
+        from alignkit.runtime import sweep, sweep_logs
         sweep.command = lambda file: [sys.executable, "stub.py", str(file)]
         sys.argv = ["alignkit", "sft", "-m", "name=a", "seed=1,2,3", "sft.epochs=1"]
         alignkit.cli.main()
@@ -229,6 +231,25 @@ def test_a_signal_reaches_every_job_and_the_rest_are_not_begun(tmp_path):
     assert "stopped by SIGTERM: finished jobs are kept; the same words with name=a go on" in out
     jobs = json.loads((tmp_path / "runs/.sweeps/a/leaderboard.json").read_text())["jobs"]
     assert sorted(job["status"] for job in jobs) == ["stopped", "waiting", "waiting"]
+
+
+def test_the_process_of_a_job_reads_its_file_and_ends_as_the_job_does(tmp_path):
+    (tmp_path / "0.yaml").write_text("# alignkit sft\n" + yaml.safe_dump({**composed("sft", "name=a"), "seed": -1}))
+    done = subprocess.run(sweep.command(tmp_path / "0.yaml"), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: seed: expected greater than or equal to 0, got -1")
+    assert [file.name for file in tmp_path.iterdir()] == ["0.yaml"]
+
+
+def test_a_terminal_shows_the_last_words_of_each_job_on_one_line(tmp_path, monkeypatch, capsys):
+    for number, text in enumerate(("sft: 1/9\rsft: 2/9\n\n", "x" * 2000 + "\nppo: a very long line that is cut")):
+        (tmp_path / f"{number}.log").write_text(text)
+    running = {number: (None, None, SimpleNamespace(name=tmp_path / f"{number}.log")) for number in (0, 1)}
+    sweep_logs.show(running)
+    assert capsys.readouterr().out == "", "no terminal"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "51")
+    sweep_logs.show(running)
+    assert capsys.readouterr().out == "\r\x1b[K[0] sft: 2/9             [1] ppo: a very long li"
 
 
 def test_figures_are_compared_the_right_way_round():
