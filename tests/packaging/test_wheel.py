@@ -68,6 +68,7 @@ def test_the_wheel_holds_the_package_every_setting_and_every_recipe(wheel):
     assert {str(file.relative_to(ROOT)) for file in (ROOT / "alignkit").rglob("*.py")} <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"alignkit"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "alignkit/py.typed" in names, "users' type checkers see the annotations"
 
 
 def test_the_whole_chain_runs_from_any_folder_with_the_code_of_the_wheel(installed, tmp_path):
