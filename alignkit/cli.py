@@ -20,6 +20,8 @@ USAGE = """alignkit {version}: alignment of language models from human preferenc
   alignkit resume RUN                   go on with a run that was interrupted, wherever it was
   alignkit report RUN                   write the report of a run, or of a sweep, anew: a page for any browser
   alignkit evaluate RUN [KEY=VALUE ...] judge a finished run once more, as in judge=model judge.path=FOLDER
+  alignkit export RUN [--to=FOLDER] [--push=OWNER/NAME]
+                                        its model for others, with a model card: Hugging Face format, merged or adapter
   alignkit serve-reward FOLDER [--port=8321]
                                         a reward model behind HTTP, for reward=http
   alignkit sync RUN                     send to W&B what was tracked offline, and draw what came from what
@@ -74,6 +76,10 @@ def main() -> None:
         from alignkit.runtime.evaluate_run import evaluate
 
         sys.exit(evaluate(words[1:], recipes))
+    if name == "export":
+        from alignkit.runtime.export import export_command
+
+        sys.exit(export_command(words[1:], recipes))
     if name == "serve-reward":
         from alignkit.runtime.serve import serve_command
 
