@@ -1,4 +1,5 @@
-"""PPO with rollout=vllm on the embedded task, shrunk: the chain in one process, then PPO with LoRA and on two ranks."""
+"""PPO with rollout=vllm on the embedded task, shrunk: the chain in one process, then PPO with LoRA and on two ranks; and
+vLLM on what `alignkit export` made of the chain."""
 
 import json
 import subprocess
@@ -44,3 +45,30 @@ def chain(tmp_path_factory):
 @pytest.mark.parametrize("words", [["launch=inline", "peft=lora"], ["launch.processes=2"]], ids=["lora", "two ranks"])
 def test_two_iterations_of_ppo_after_a_chain(words, chain):
     run(chain, "again", *PPO, *words, "force=true")
+
+
+BOTH = """
+import os, sys
+sys.modules["alignkit"] = None
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm import LLM, SamplingParams
+tokenizer, model = (kind.from_pretrained("out") for kind in (AutoTokenizer, AutoModelForCausalLM))
+engine = LLM("out", enforce_eager=True, kv_cache_memory_bytes=2**27)
+for topic in ("snow", "trains", "bees"):
+    turns = [{"role": "user", "content": f"I want to know more about {topic}."}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    ours = model.generate(**ids, do_sample=False, max_new_tokens=24)[0, ids["input_ids"].shape[1] :].tolist()
+    theirs = engine.chat(turns, SamplingParams(temperature=0, max_tokens=24))[0]
+    assert theirs.prompt_token_ids == ids["input_ids"][0].tolist()
+    assert list(theirs.outputs[0].token_ids) == ours, (topic, theirs.outputs[0], ours)
+    print("SAME", len(ours))
+"""
+
+
+def test_an_exported_folder_loads_in_vllm_and_gives_the_greedy_tokens_of_transformers(chain):
+    command = "from alignkit.cli import main; main()"
+    subprocess.run([sys.executable, "-c", command, "export", "chain", "--to=out"], cwd=chain, check=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", BOTH], cwd=chain, capture_output=True, text=True, timeout=600)
+    assert done.stdout.count("SAME") == 3, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,6 +1,7 @@
 """The whole chain on the embedded task, shrunk: what it leaves behind, what it reuses, and how it fails."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -90,6 +91,20 @@ def test_models_load_with_plain_transformers_and_the_manifest_seals_every_file(h
     on_disk = {f"model/{file.name}" for file in (here / stage / "model").iterdir()}
     assert set(manifest["files"]) == on_disk
     assert manifest["stage"] == stage and manifest["metrics"]["seconds"] > 0
+
+
+def test_what_is_exported_runs_by_the_lines_of_its_card_and_without_alignkit(here, tmp_path, monkeypatch, capsys):
+    lines = ["import sys", 'sys.modules["alignkit"] = None']
+    for stage in ("ppo", "reward_model"):
+        assert alignkit(monkeypatch, "export", "a", f"--stage={stage}", f"--to={tmp_path / stage}") == 0
+        assert "with the logits of the stage's model (largest difference 0)" in capsys.readouterr().out
+        card = (tmp_path / stage / "README.md").read_text("utf-8")
+        lines.append(card.partition("```python\n")[2].partition("```")[0].replace("path/to/this/folder", stage))
+        assert str(here.parents[1]) not in card and "judge gold" in card or stage == "reward_model"
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *_, score = done.stdout.splitlines()
+    assert len(done.stdout) > len(score) + 1 and -9 < float(score) < 9
 
 
 def test_every_iteration_has_a_row_with_every_metric(here):
