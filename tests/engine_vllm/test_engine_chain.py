@@ -1,5 +1,5 @@
-"""PPO with rollout=vllm on the embedded task, shrunk: the chain in one process, then PPO with LoRA and on two ranks; and
-vLLM on what `alignkit export` made of the chain."""
+"""PPO with rollout=vllm on the embedded task, shrunk: the chain in one process, then PPO with LoRA and on two ranks.
+And vLLM by itself on what `alignkit export` made of the chain."""
 
 import json
 import subprocess

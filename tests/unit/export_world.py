@@ -55,7 +55,7 @@ def make_run(place, tiny_policy, tokenizer, *stages: str, save=None, **settings)
         if stage == "evaluate":
             return
         model = tiny_policy(seed=len(stage))
-        model.generation_config.eos_token_id = [tokenizer.eos_token_id, 7]
+        model.generation_config.eos_token_id, model.config.use_cache = [7], False
         model.save_pretrained(place / "model")
         tokenizer.save_pretrained(place / "model")
         if stage == "reward_model":
