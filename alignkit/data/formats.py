@@ -32,6 +32,7 @@ from alignkit.data.values import (
 TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 TRANSCRIPT_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 LABELS = {"negative": 0, "positive": 1}
+POST = ("subreddit", "title", "post")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,21 @@ def alpaca(row: dict[str, Any]) -> Demonstration:
     return Demonstration(prompt, response_value(row["output"], "output"))
 
 
+def summary(row: dict[str, Any]) -> Demonstration:
+    return Demonstration(summary_prompt(row), after_space(row["summary"], "summary"))
+
+
+def summary_prompt(post: dict[str, Any]) -> str:
+    """A Reddit post as Stiennon et al. 2020 put it (openai/summarize-from-feedback@7009674, tasks.py)."""
+    subreddit, title, text = (text_value(post.get(key), key) for key in POST)
+    return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {text}\n\nTL;DR:"
+
+
+def after_space(value: object, key: str) -> str:
+    """The published summaries begin with a space, the published demonstrations do not."""
+    return f" {text_value(value, key).strip()}"
+
+
 def language_modelling_text(row: dict[str, Any]) -> Demonstration:
     return Demonstration("", response_value(row["text"], "text"))
 
@@ -139,6 +155,16 @@ def sharegpt_pair(row: dict[str, Any]) -> Pair:
             raise ValueError(f"expected `{key}` to be an assistant turn, got a {reply['role']} turn")
         replies.append(reply["content"])
     return make_pair(row, prompt, *replies)
+
+
+def compared_summaries(row: dict[str, Any]) -> Pair:
+    """`info` is a Reddit post, `choice` (0 or 1) the better one of two `summaries`."""
+    info, given, choice = row["info"], row["summaries"], row["choice"]
+    if not isinstance(info, dict) or not isinstance(given, list) or len(given) != 2 or choice not in (0, 1):
+        got = f"{shown(info)}, {shown(given)} and {shown(choice)}"
+        raise ValueError(f"expected `info` with a post, two `summaries` and `choice` 0 or 1, got {got}")
+    texts = [after_space(item.get("text") if isinstance(item, dict) else item, "summaries") for item in given]
+    return make_pair(row, summary_prompt(info), texts[int(choice)], texts[1 - int(choice)])
 
 
 def transcript_turns(text: str, key: str) -> Turns:
@@ -200,6 +226,8 @@ def labelled_text(row: dict[str, Any]) -> Labelled:
 
 
 FORMATS = (
+    Format("info+summaries+choice", "compared summaries of posts", compared_summaries),
+    Format("subreddit+title+post+summary", "summaries of posts", summary),
     Format("prompt+chosen+rejected", "preference pairs", prompt_and_pair),
     Format("conversations+chosen+rejected", "ShareGPT preference pairs", sharegpt_pair),
     Format("chosen+rejected", "preference pairs with the prompt in them", implicit_prompt_pair),

@@ -209,8 +209,9 @@ MISTAKES = {
     "an option that is not there, in a list of presets": (
         ["experiment=[n_plus,zzz]"],
         [
-            "experiment=zzz: no such option; options: gao, hh_harmless, instructgpt, movie_reviews, n_plus, ppo_max, "
-            "small, stiennon, ziegler"
+            "experiment=zzz: no such option; options: chinese, from_scratch, gao, gpt2_sentiment, hh_harmless, "
+            "hh_qwen3, instructgpt, movie_reviews, n_plus, ppo_max, small, stiennon, tldr_pythia_1b, tldr_pythia_2_8b, "
+            "tldr_pythia_6_9b, ultrafeedback_llama, ultrafeedback_qwen3_lora, ziegler"
         ],
     ),
     "a best policy that nobody looks for": (

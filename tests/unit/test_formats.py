@@ -16,6 +16,9 @@ def assistant(content):
 
 
 SYSTEM = {"role": "system", "content": "Be brief."}
+POST = {"subreddit": "cats", "title": "b {x}", "post": "c\n\nd"}
+ASKED = "SUBREDDIT: r/cats\n\nTITLE: b {x}\n\nPOST: c\n\nd\n\nTL;DR:"
+COMPARED = {"info": {**POST, "id": "t3"}, "summaries": [{"text": " e"}, {"text": "f "}], "choice": 1}
 
 
 def hh(*turns):
@@ -23,6 +26,10 @@ def hh(*turns):
 
 
 GOLDEN = [
+    # the columns of openai/summarize_from_feedback and of sets that were made from it, with chosen and rejected beside
+    ("subreddit+title+post+summary", {**POST, "id": "t3", "summary": "e "}, Demonstration(ASKED, " e")),
+    ("info+summaries+choice", {**COMPARED, "chosen": " f<|endoftext|>", "rejected": "e"}, Pair(ASKED, " f", " e")),
+    ("info+summaries+choice", {**COMPARED, "choice": 0, "subset": "batch9"}, Pair(ASKED, " e", " f", subset="batch9")),
     ("prompt+response", {"prompt": "a ", "response": "b "}, Demonstration("a ", "b ")),
     ("prompt+response", {"prompt": [user("a")], "response": "b"}, Demonstration([user("a")], "b")),
     ("prompt+response", {"prompt": "", "response": "b"}, Demonstration("", "b")),
@@ -214,6 +221,11 @@ FAULTS = [
     ({"instruction": "a", "input": 4, "output": "b"}, "expected `input` to be text, got 4"),
     ({"text": "a", "label": 2}, "expected `label` to be 0, 1, 'negative' or 'positive', got 2"),
     ({"text": "a", "label": "good"}, "got 'good'"),
+    ({**COMPARED, "info": {**POST, "post": None}}, "expected `post` to be text, got null"),  # news, not a Reddit post
+    ({**COMPARED, "choice": 2}, "expected `info` with a post, two `summaries` and `choice` 0 or 1, got .* and 2"),
+    ({**COMPARED, "summaries": ["e"]}, "a list of 1 and 1"),
+    ({**COMPARED, "summaries": [{"text": "e"}, {"text": ""}]}, "expected `chosen` not to be empty"),
+    ({**POST, "summary": 3}, "expected `summary` to be text, got 3"),
     ({"text": "", "label": 1}, "expected `text` not to be empty"),
 ]
 

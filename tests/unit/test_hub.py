@@ -36,7 +36,7 @@ def write(path, rows):
 
 
 def hub(path, **changes):
-    return Hub(**{**DEFAULTS, "path": path and str(path), **changes})
+    return Hub(**{**DEFAULTS, "path": path if isinstance(path, list) else path and str(path), **changes})
 
 
 def test_settings_file_and_dataclass_have_the_same_keys():
@@ -63,6 +63,32 @@ def test_fingerprint_changes_with_data_and_split(folder):
     columns = {"chosen": "b", "rejected": "c", "response": "d"}
     write(folder / "train.jsonl", [{"prompt": "a", **columns}])
     assert hub(folder).fingerprint() != first
+
+
+def test_several_data_sets_are_one_corpus_in_which_no_prompt_is_on_both_sides(folder, tmp_path):
+    """Demonstrations here, preferences there, on the same prompts."""
+    write(tmp_path / "sft/train.jsonl", [{"prompt": f"question {i}", "response": f"so {i}"} for i in range(80)])
+    write(tmp_path / "pairs/dev.jsonl", [json.loads(line) for line in (folder / "train.jsonl").open()][:80])
+    both = [str(tmp_path / "sft"), str(tmp_path / "pairs")]
+    made = hub(both, split=["train", "validation"]).load(seed=0)
+    assert made.notes[:2] == [
+        "sft[train]: 80 rows read as prompt+response (demonstrations)",
+        "pairs[validation]: 80 rows read as prompt+chosen+rejected (preference pairs)",
+    ]
+    sides = [{row.prompt for row in (*side.demonstrations, *side.pairs)} for side in (made.train, made.heldout)]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 80
+    assert all(row.response.startswith("so") for row in made.train.demonstrations)
+    first = hub(both, split=["train", "validation"]).fingerprint()
+    assert hub(both[:1]).fingerprint() != first
+    write(tmp_path / "pairs/dev.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    assert hub(both, split=["train", "validation"]).fingerprint() != first
+
+
+def test_a_list_beside_the_paths_has_one_value_for_each():
+    with pytest.raises(ValueError, match="name must be one value for all data sets or a list of 2, got 3"):
+        hub(["a", "b"], name=[None, "zh", None])
+    with pytest.raises(ValueError, match="heldout \\+ judge must leave"):
+        hub("a", heldout=0.5, judge=0.5)
 
 
 def test_bad_rows_have_numbers(folder):
