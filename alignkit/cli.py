@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from alignkit import __version__
+from alignkit.runtime.shipped import find_recipes
 
 USAGE = """alignkit {version}: alignment of language models from human preferences
 
@@ -101,15 +102,6 @@ def main() -> None:
         sys.exit(2)
     sys.argv = ["alignkit" if "-sc" in words else f"alignkit {name}", *words[1:]]
     runpy.run_path(str(recipes[name]), run_name="alignkit.recipe")["main"]()
-
-
-def find_recipes() -> dict[str, Path]:
-    """Name -> file of the shipped recipes, the whole chain first."""
-    package = Path(__file__).resolve().parent
-    folder = next(f for f in (package / "recipes", package.parent / "recipes") if (f / "rlhf.py").is_file())
-    order = ["rlhf", "sft", "reward_model", "ppo", "evaluate"]
-    files = {file.stem: file for file in folder.glob("*.py") if not file.stem.startswith("_")}
-    return {name: files[name] for name in sorted(files, key=lambda n: (order.index(n) if n in order else 99, n))}
 
 
 def _completion(words: list[str], recipes: list[str]) -> list[str]:

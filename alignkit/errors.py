@@ -1,5 +1,7 @@
 """The exceptions that reach a person as one line. Everything else is a bug and keeps its traceback."""
 
+import traceback
+
 
 class UserError(Exception):
     """A mistake in settings, data or set-up. The message says what, where, what was expected and how to mend it.
@@ -31,3 +33,10 @@ class Interrupted(Exception):
     def __init__(self, step: int) -> None:
         super().__init__(f"interrupted after step {step}")
         self.step = step
+
+
+def in_words(error: BaseException) -> str:
+    """An error of somebody's code in one line, with the place that raised it."""
+    words = (f"{type(error).__name__}: {error}".splitlines() or [""])[0].rstrip(": ")
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{words} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else words

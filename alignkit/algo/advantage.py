@@ -1,12 +1,12 @@
 """Advantages: what each response token gained over what was expected. With a value model (GAE), or against the other
 responses to the same prompt (RLOO, GRPO), or neither (REINFORCE++).
 
-A strategy is a frozen settings class with `uses_values` (is there a value model?), `min_samples` (responses that a
-prompt must have), `whiten`, `clip`, and a call that returns unwhitened `Advantages`; `normalise` does the rest.
+Each is an `AdvantageEstimator`; `normalise` whitens and clips what it returns.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Literal
 
 from alignkit.schema import Fraction, Positive, settings
@@ -19,10 +19,34 @@ if TYPE_CHECKING:
 Whiten = Literal["none", "batch", "minibatch"]
 
 
+class AdvantageEstimator(ABC):
+    """What each response token gained: a frozen dataclass of settings that `_target_` names, with a call. A subclass
+    has the values below unless it sets others, as class attributes or as settings of its own.
+
+    uses_values: there is a value model, which learns `returns`; min_samples: responses that a prompt must have
+    (ppo.samples_per_prompt); whiten, clip: what becomes of the advantages afterwards, see `normalise`.
+    """
+
+    uses_values: bool = False
+    min_samples: int = 1
+    whiten: Whiten = "batch"
+    clip: float | None = None
+
+    @abstractmethod
+    def __call__(self, reward: ShapedReward, values: Tensor, mask: Tensor, samples: int) -> Advantages:
+        """Advantages of an iteration's B responses, before whitening.
+
+        reward.per_token [B, R]: reward units, KL penalty included, on the slots reward.mask [B, R]; values [B, R]: of
+        the value model, 0 without one; mask [B, R] bool: response tokens; samples: rows in a row that answer one
+        prompt. `Advantages.of_responses` makes the result of one number a response.
+        """
+        ...
+
+
 @settings
 class Normalised:
-    """What every strategy has. whiten: to mean 0 and variance 1 over the response tokens of the iteration (batch) or of
-    each optimizer step (minibatch), all ranks; clip: then cut to +-clip (null: not). See `normalise`."""
+    """What all here have. whiten: to mean 0 and variance 1 over the response tokens of the iteration (batch) or of each
+    optimizer step (minibatch), all ranks; clip: then cut to +-clip (null: not). See `normalise`."""
 
     whiten: Whiten
     clip: Positive | None
@@ -65,8 +89,10 @@ class RLOO(Normalised):
         Tests:  test_advantage.py::test_rloo_compares_with_the_mean_of_the_others,
                 test_advantage.py::test_the_expected_policy_gradient_is_that_of_reward_less_kl
         """
+        from alignkit.algo.types import Advantages
+
         groups = _groups(reward, mask, samples)
-        return _on_every_token((groups - groups.mean(dim=1, keepdim=True)) * (samples / (samples - 1)), mask)
+        return Advantages.of_responses((groups - groups.mean(dim=1, keepdim=True)) * (samples / (samples - 1)), mask)
 
 
 @settings
@@ -87,11 +113,12 @@ class GRPO(Normalised):
         Tests:  test_advantage.py::test_grpo_compares_with_the_mean_of_all_and_may_divide_by_their_deviation,
                 test_advantage.py::test_grpo_without_the_deviation_follows_the_same_gradient_scaled
         """
+        from alignkit.algo.types import Advantages
+
         groups = _groups(reward, mask, samples)
         gained = groups - groups.mean(dim=1, keepdim=True)
-        return _on_every_token(
-            gained / (groups.std(dim=1, keepdim=True) + 1e-4) if self.divide_by_std else gained, mask
-        )
+        spread = groups.std(dim=1, keepdim=True) + 1e-4
+        return Advantages.of_responses(gained / spread if self.divide_by_std else gained, mask)
 
 
 @settings
@@ -180,12 +207,3 @@ def _groups(reward: ShapedReward, mask: Tensor, samples: int) -> Tensor:
     if rows % samples:
         raise ValueError(f"{rows} responses are not a whole number of prompts with {samples} responses each")
     return torch.where(reward.mask, reward.per_token, 0.0).sum(dim=1).view(-1, samples)
-
-
-def _on_every_token(per_response: Tensor, mask: Tensor) -> Advantages:
-    import torch
-
-    from alignkit.algo.types import Advantages
-
-    advantages = torch.where(mask, per_response.view(-1, 1), 0.0)
-    return Advantages(advantages, torch.zeros_like(advantages))

@@ -85,6 +85,13 @@ class Advantages:
     advantages: Tensor
     returns: Tensor
 
+    @classmethod
+    def of_responses(cls, gained: Tensor, mask: Tensor) -> "Advantages":
+        """One advantage a response on all of its tokens, and nothing for a value model to learn. gained: B numbers, in
+        the order of the rows of mask [B, R]."""
+        advantages = torch.where(mask, gained.reshape(-1, 1), 0.0)
+        return cls(advantages, torch.zeros_like(advantages))
+
 
 @dataclass(frozen=True)
 class Minibatch:

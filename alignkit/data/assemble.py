@@ -14,7 +14,7 @@ from itertools import cycle, islice
 from pathlib import PurePath
 from typing import Literal, NamedTuple
 
-from alignkit.data.corpus import Corpus, Demonstration, Pair, Prompt, Split, split_fraction
+from alignkit.data.corpus import Corpus, Demonstration, Pair, Split, split_fraction
 from alignkit.data.formats import Labelled, Row, convert_row
 from alignkit.data.rankings import Ranked, to_imitate
 from alignkit.data.strength import Treatment
@@ -175,40 +175,13 @@ def with_chat_prompt(row: Row) -> Row:
 def prompted_corpus(table: Table, options: RowOptions) -> Corpus:
     if options.judge > 0:
         raise UserError(f"data.judge={options.judge}: expected text+label rows to judge by, got none; set data.judge=0")
-    pairs = [row for row in table.rows if isinstance(row, Pair)]
-    demonstrations = [row for row in table.rows if isinstance(row, Demonstration)]
-    notes = []
     bare = sum(not row.prompt for row in table.rows)
-    if bare and bare < len(table.rows):
-        notes.append(f"{bare:,} rows without a prompt give none to PPO")
-    if not demonstrations:
-        chosen = {json.dumps([row.prompt, row.response]): row for row in to_imitate(pairs)}
-        demonstrations = list(chosen.values())
-        which = "chosen responses of the pairs" + ", the best of the rankings" * any(pair.ranking for pair in pairs)
-        notes += [f"demonstrations: the {which}, because no row is a demonstration"]
-    train, heldout = (
-        Split(
-            [row for row in demonstrations if is_held_out(row, options) == held_out],
-            [row for row in pairs if is_held_out(row, options) == held_out],
-            unique_prompts([row for row in table.rows if is_held_out(row, options) == held_out]),
-        )
-        for held_out in (False, True)
-    )
+    notes = [f"{bare:,} rows without a prompt give none to PPO"] if 0 < bare < len(table.rows) else []
+    corpus = Corpus.from_rows(table.rows, options.heldout)
+    train, heldout = corpus.train, corpus.heldout
     require_both("demonstrations", train.demonstrations, heldout.demonstrations, options)
-    require_both("pairs", train.pairs, heldout.pairs, options, needed=bool(pairs))
-    return Corpus(train, heldout, notes=notes)
-
-
-def is_held_out(row: Demonstration | Pair, options: RowOptions) -> bool:
-    """By the prompt; a row without one by its text, because otherwise all such rows would fall on the same side (a
-    ranking by its name, so that it stays together)."""
-    text = row.response if isinstance(row, Demonstration) else row.ranking or row.chosen
-    return split_fraction(row.prompt or text) < options.heldout
-
-
-def unique_prompts(rows: list[Demonstration | Pair]) -> list[Prompt]:
-    """In the order of reading; the empty prompt of plain text is none that a policy could answer."""
-    return list({json.dumps(row.prompt): row.prompt for row in rows if row.prompt}.values())
+    require_both("pairs", train.pairs, heldout.pairs, options, needed=bool(train.pairs or heldout.pairs))
+    return replace(corpus, notes=notes + corpus.notes)
 
 
 # ------------------------------------------------------------------------------------------------------ labelled texts

@@ -7,8 +7,11 @@ Tokens, templates and lengths are not decided here: `data/tokens.py` turns these
 
 import hashlib
 import json
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from alignkit.errors import UserError, in_words
 
 Prompt = str | list[dict[str, str]]
 
@@ -65,6 +68,71 @@ class Corpus:
     gold: Callable[[Prompt, str], float] | None = None
     judge: list[tuple[str, int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Demonstration | Pair], heldout: float = 0.1) -> "Corpus":
+        """Demonstrations and pairs in any order, the share `heldout` of their prompts held out (by a hash: see
+        `split_fraction`). A row without a prompt goes by its text, a ranking by its name. Where no row is a
+        demonstration, SFT imitates the preferred responses."""
+        from alignkit.data.rankings import to_imitate
+
+        pairs, notes = [row for row in rows if isinstance(row, Pair)], []
+        demonstrations = [row for row in rows if isinstance(row, Demonstration)]
+        if not demonstrations:
+            demonstrations = list({json.dumps([row.prompt, row.response]): row for row in to_imitate(pairs)}.values())
+            which = "chosen responses of the pairs" + ", the best of the rankings" * any(pair.ranking for pair in pairs)
+            notes = [f"demonstrations: the {which}, because no row is a demonstration"]
+
+        def side(wanted: bool) -> Split:
+            said = [row for row in demonstrations if _is_held_out(row, heldout) == wanted]
+            preferred = [row for row in pairs if _is_held_out(row, heldout) == wanted]
+            asked = (row.prompt for row in rows if row.prompt and _is_held_out(row, heldout) == wanted)
+            return Split(said, preferred, list({json.dumps(prompt): prompt for prompt in asked}.values()))
+
+        return cls(side(False), side(True), notes=notes)
+
+
+class DataSource(ABC):
+    """Where a run's rows come from: a frozen dataclass of settings that `_target_` names, with `load`.
+
+    `fingerprint() -> str`, if it has that too, names the rows without reading them all (a digest of their files, say):
+    with another one the stages are made again. Without it the rows themselves are read and hashed.
+    """
+
+    @abstractmethod
+    def load(self, seed: int) -> Corpus:
+        """All rows, the same ones for the same seed, in every process; `Corpus.from_rows` splits them by prompt. A
+        mistake of a person's is raised as UserError."""
+        ...
+
+
+def load_corpus(source: DataSource, seed: int) -> Corpus:
+    """What a source loads. Raises UserError, in one line, where one from outside alignkit cannot or gives no Corpus."""
+    name = f"{type(source).__module__}.{type(source).__qualname__}"
+    try:
+        corpus = source.load(seed)
+    except Exception as error:
+        if isinstance(error, UserError) or name.startswith("alignkit."):
+            raise
+        raise UserError(f"data: '{name}' could not load(seed={seed}): {in_words(error)}") from error
+    if not isinstance(corpus, Corpus):
+        raise UserError(f"data: '{name}' loads {type(corpus).__name__}, expected Corpus, as Corpus.from_rows makes it")
+    return corpus
+
+
+def fingerprint_of(source: DataSource, seed: int) -> str:
+    """The source's own fingerprint, or SHA-256 over all of its rows."""
+    if hasattr(source, "fingerprint"):
+        return source.fingerprint()
+    corpus = load_corpus(source, seed)
+    return hashlib.sha256(repr((corpus.train, corpus.heldout, corpus.judge)).encode("utf-8", "replace")).hexdigest()
+
+
+def _is_held_out(row: Demonstration | Pair, heldout: float) -> bool:
+    """By the prompt; a row without one by its text, because otherwise all such rows would fall on the same side (a
+    ranking by its name, so that it stays together)."""
+    text = row.response if isinstance(row, Demonstration) else row.ranking or row.chosen
+    return split_fraction(row.prompt or text) < heldout
 
 
 def split_fraction(prompt: Prompt) -> float:

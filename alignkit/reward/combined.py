@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from alignkit.errors import UserError
 from alignkit.models.settings import stage_folder
+from alignkit.reward.source import opened
 
 if TYPE_CHECKING:
     from alignkit.data.tokens import Encoder
@@ -20,11 +21,11 @@ def open_members(
 ) -> dict[str, RewardSource | CombinedSource]:
     """All members, opened in the order of their names on every rank, as models are sharded over all of them together.
     A member with a path reads that folder, one without the reward model of the chain. Raises UserError."""
-    opened: dict[str, RewardSource | CombinedSource] = {}
+    sources: dict[str, RewardSource | CombinedSource] = {}
     for name in sorted(members):
         path = getattr(members[name], "path", None)
         try:
-            opened[name] = members[name].open(folder if path is None else stage_folder(path), encoder, cluster)
+            sources[name] = opened(members[name], folder if path is None else stage_folder(path), encoder, cluster)
         except UserError as error:
             raise UserError(f"member {name}: {error}") from error
-    return opened
+    return sources

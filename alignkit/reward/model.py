@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from alignkit.errors import UserError
+from alignkit.reward.source import RewardSource
 from alignkit.schema import settings
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def units(folder: Path, normalise: Normalise) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class ModelSource:
+class ModelSource(RewardSource):
     """A (sharded) scalar model, or its reading without an adapter, as a reward source. initial_value: makes a value
     model that starts as this reward, in the units that PPO pays."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import threading
-import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
+
+from alignkit.errors import in_words
+from alignkit.reward.source import RewardSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +28,7 @@ class Unscored(Exception):
 
 
 @dataclass(frozen=True)
-class OutsideSource:
+class OutsideSource(RewardSource):
     """A reward source that asks somebody else.
 
     name: who is asked; ask: (prompts, responses, whether each came to its end) -> numbers, one a response; batch: rows
@@ -88,8 +90,4 @@ def _number(score: Any) -> float:
 
 def why(error: BaseException) -> str:
     """An error in one line, with the place in the code that raised it; what is made for people as it is."""
-    if isinstance(error, Unscored):
-        return str(error)
-    words = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{words} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else words
+    return str(error) if isinstance(error, Unscored) else in_words(error)

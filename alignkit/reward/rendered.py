@@ -18,14 +18,14 @@ from alignkit.models.loading import make_encoder
 from alignkit.models.pooled import is_pooled, pooled_encoder
 from alignkit.models.scalar import PooledScalar, ScalarModel, score_sequences
 from alignkit.models.tokenizer import load_tokenizer, same_tokens
-from alignkit.reward.source import Answers
+from alignkit.reward.source import Answers, RewardSource
 
 if TYPE_CHECKING:
     from alignkit.runtime.sharding import Cluster
 
 
 @dataclass(frozen=True)
-class RenderedSource:
+class RenderedSource(RewardSource):
     """A (sharded) scalar model with its own encoder. It gives no value model: that has to read the policy's ids."""
 
     model: ScalarModel | PooledScalar

@@ -11,7 +11,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from alignkit.errors import UserError
 from alignkit.runtime.config import REFUSED, conf_dir
+from alignkit.runtime.shipped import find_recipes
 from alignkit.runtime.sweep import Sweep
 from alignkit.runtime.sweep_logs import sweep_figures
 
@@ -85,7 +86,7 @@ def compose_and_call(
         if isinstance(error, PermissionError) and error.filename:
             raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
         if isinstance(error, ValueError) and "Config group override" in str(error):
-            raise HydraException(_not_an_option(conf)) from error
+            raise HydraException(_not_an_option(conf, sys.argv[1:])) from error
         if type(error).__module__.startswith("submitit."):  # killed by Slurm, say
             raise JobFailed(f"a job did not come back: {' '.join(str(error).split())}", 1) from None
         raise
@@ -192,9 +193,9 @@ def _unknown_key(key: str, conf: Path, name: str) -> str:
     return f"{key}: unknown key; {hint}"
 
 
-def _not_an_option(conf: Path) -> str:
+def _not_an_option(conf: Path, words: Sequence[str]) -> str:
     """`ppo=1: no such option; options: default`: a group was given a number, which Hydra does not say in words."""
-    for word in sys.argv[1:]:
+    for word in words:
         group, _, value = word.partition("=")
         options = _options(conf, group) if group else []
         if options and value not in options:
@@ -216,6 +217,26 @@ def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{key}"
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
+
+
+def composed(recipe: str, settings: Sequence[str], config_dir: str | Path | None = None) -> dict[str, Any]:
+    """The plain settings of a recipe with the words of a command line, from Python. Raises UserError in its words."""
+    conf, words = conf_dir(), list(settings)
+    if recipe not in find_recipes():
+        raise UserError(f"no recipe '{recipe}'; recipes: {', '.join(find_recipes())}")
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise UserError(f"config_dir={config_dir}: expected a folder of settings, got none")
+        words.append(f"hydra.searchpath=['file://{Path(config_dir).resolve()}']")
+    _register_launcher()
+    try:
+        with hydra.initialize_config_dir(str(conf), version_base="1.3"):
+            found = hydra.compose(recipe, words)
+            return cast(dict[str, Any], OmegaConf.to_container(found, resolve=True, throw_on_missing=False))
+    except ValueError as error:
+        raise UserError(_not_an_option(conf, words) if "Config group override" in str(error) else str(error)) from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, conf, recipe)) from None
 
 
 def read_option(group: str, name: str) -> dict[str, Any]:

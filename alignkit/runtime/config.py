@@ -8,6 +8,7 @@ The same code runs in the launcher and in every rank. Nothing here imports torch
 import dataclasses
 import difflib
 import importlib
+import inspect
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pydantic.dataclasses import is_pydantic_dataclass
 from pydantic_core import ErrorDetails
 
 from alignkit.algo.shaping import Shaping
-from alignkit.errors import UserError
+from alignkit.errors import UserError, in_words
 from alignkit.models.settings import ModelSettings, PeftSettings
 from alignkit.observe.secrets import secrets_in
 from alignkit.observe.settings import TrackingSettings
@@ -55,13 +56,15 @@ SETTINGS = {
     "denoise": DenoiseSettings,
     "bench": BenchSettings,
 }
-PROTOCOL = {  # what the class that `_target_` names must have; the classes of alignkit document each
-    "data": ("load", "fingerprint"),
-    "rollout": ("temperature", "min_response", "max_response", "unshard", "generate"),
-    "reward": ("open",),
-    "judge": ("open",),
-    "advantage": ("uses_values", "min_samples", "whiten", "clip", "__call__"),
-    "kl": ("coef", "target", "estimator", "place", "next"),
+PROTOCOL = {  # what the class that `_target_` names must have, methods as they are called; alternatives by a bar
+    "data": ["load(seed)"],
+    "rollout": [
+        *("temperature", "min_response", "max_response", "unshard", "generate(model, prompts, rule, noise, go_on=)")
+    ],
+    "reward": ["open(folder, encoder, cluster)|score(answers, microbatch)"],
+    "judge": ["open|score(answers, microbatch)"],
+    "advantage": ["uses_values", "min_samples", "whiten", "clip", "__call__(reward, values, mask, samples)"],
+    "kl": ["coef", "target", "estimator", "place", "next(coef, observed=, episodes=)"],
 }
 STRATEGIES = tuple(PROTOCOL)
 REFUSED = {  # keys that people look for, and why they are not there
@@ -171,7 +174,11 @@ def _section(path: str, cls: type, values: Any, faults: list[str]) -> Any:
         bad = {item["loc"][0] for item in error.errors() if item["loc"]}
         if bad:
             faults += _rules(path, cls, {k: v for k, v in values.items() if k in names and k not in bad})
-        return None
+    except Exception as error:
+        if cls.__module__.startswith("alignkit."):
+            raise
+        faults.append(f"{path}: '{cls.__module__}.{cls.__qualname__}' could not be made: {in_words(error)}")
+    return None
 
 
 def _rules(path: str, cls: type, sound: dict[str, Any]) -> list[str]:
@@ -202,9 +209,8 @@ def _strategy(path: str, values: Any, trusted: list[str], faults: list[str]) -> 
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         faults.append(f"{path}._target_: '{target}' is not a dataclass")
         return None
-    lacking = [name for name in PROTOCOL[group] if name not in {*dir(cls), *_field_names(cls)}]
-    if lacking:
-        faults.append(f"{path}._target_: '{target}' lacks {', '.join(lacking)}, which {group} must have")
+    if reason := _unfit(cls, group):
+        faults.append(f"{path}._target_: '{target}' {reason}")
         return None
     values = {key: value for key, value in values.items() if key != "_target_"}
     key = getattr(cls, "MEMBERS", None)
@@ -216,6 +222,22 @@ def _strategy(path: str, values: Any, trusted: list[str], faults: list[str]) -> 
         if function is not None and not callable(function):
             faults.append(f"{path}.{key}: '{named}' is not a function")
     return _section(path, cls, values, faults)
+
+
+def _unfit(cls: type, group: str) -> str:
+    """What keeps a class from being a strategy of this group, in words; empty if nothing does."""
+    there = {*dir(cls), *(field.name for field in dataclasses.fields(cls))} - getattr(cls, "__abstractmethods__", set())
+    has = {wish: [way for way in wish.split("|") if way.partition("(")[0] in there] for wish in PROTOCOL[group]}
+    if lacking := [wish.replace("|", " or ") for wish, ways in has.items() if not ways]:
+        return f"lacks {', '.join(lacking)}, which {group} must have"
+    for call in (ways[0] for ways in has.values() if "(" in ways[0]):
+        name, given = call.partition("(")[0], call[:-1].partition("(")[2].split(", ")
+        named = {word[:-1]: None for word in given if word.endswith("=")}
+        try:
+            (signature := inspect.signature(getattr(cls, name))).bind("self", *given[len(named) :], **named)
+        except TypeError as error:
+            return f"has {name}{signature}, which {group} calls as {call}: {error}"
+    return ""
 
 
 def _code(path: str, target: str, trusted: list[str], faults: list[str]) -> Any:
@@ -249,10 +271,6 @@ def _fault(path: str, item: ErrorDetails, names: list[str]) -> str:
         return f"{place}: expected a text, got the number {item['input']}; quote it: '{place}=\"{item['input']}\"'"
     expected = message.removeprefix("Input should be ")
     return f"{place}: expected {expected}, got {item['input']!r}; set it with {place}=VALUE"
-
-
-def _field_names(cls: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls)]
 
 
 def _unknown(path: str, key: str, names: list[str]) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit import __version__
+from alignkit.data.corpus import fingerprint_of
 from alignkit.errors import UserError
 from alignkit.runtime.config import RunConfig, leaves
 from alignkit.runtime.link import Link, Lost, address, listen
@@ -178,7 +179,7 @@ def facts_of(config: RunConfig, raw: dict[str, Any]) -> dict[str, Any]:
     hinders to find it."""
     try:
         facts = {name: value for name, value in leaves(with_sources(raw)) if name not in OWN}
-        facts["digest of the data"] = config.data.fingerprint()
+        facts["digest of the data"] = fingerprint_of(config.data, config.seed)
     except UserError as error:
         return {"fault": str(error)}
     return {**facts, "version of alignkit": __version__, "version of torch": importlib.metadata.version("torch")}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from alignkit import __version__
+from alignkit.data.corpus import fingerprint_of, load_corpus
 from alignkit.errors import UserError
 from alignkit.observe.artifacts import places_of
 from alignkit.observe.closing import as_typed
@@ -64,9 +65,9 @@ class Run:
     ) -> None:
         self.recipe, self.config, self.raw, self.purpose, self.team = recipe, config, raw, purpose, team
         # The data is read here too: a missing file or a broken row is told before anything is made.
-        self.spec = Spec(raw, with_sources(raw), config.data.fingerprint())
+        self.spec = Spec(raw, with_sources(raw), fingerprint_of(config.data, config.seed))
         trains = "reward_model" in TRAINS[recipe] and (recipe == "reward_model" or self.needs_reward_model)
-        corpus = config.data.load(config.seed)
+        corpus = load_corpus(config.data, config.seed)
         check_judge(recipe, config, corpus)
         check_bench(config)
         if not corpus.train.pairs and trains:
@@ -147,7 +148,7 @@ class Run:
             return self.spec
         raw = with_changes(self.raw, changes)
         config = load(raw)
-        data = config.data.fingerprint() if raw["data"] != self.raw["data"] else self.spec.data
+        data = fingerprint_of(config.data, config.seed) if raw["data"] != self.raw["data"] else self.spec.data
         return Spec(raw, with_sources(raw), data)
 
     @property

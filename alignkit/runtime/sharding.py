@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import MethodType
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,9 @@ from alignkit.algo.batching import Hand, deal, token_cuts
 from alignkit.errors import UserError
 from alignkit.models.loading import skeletons
 from alignkit.models.policy import read_logprobs
+
+if TYPE_CHECKING:
+    from alignkit.runtime.config import RunConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -89,6 +92,12 @@ class Cluster:
             activation_checkpointing=activation_checkpointing,
             offload_frozen=offload_frozen,
         )
+
+    @classmethod
+    def of(cls, config: "RunConfig") -> "Cluster":
+        """As `open`, with what a run's settings say."""
+        names = ("shard_size", "activation_checkpointing", "offload_frozen")
+        return cls.open(compute_dtype=config.compute_dtype, **{name: getattr(config.sharding, name) for name in names})
 
     @property
     def is_main(self) -> bool:

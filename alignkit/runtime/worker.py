@@ -80,20 +80,14 @@ def run_job(job_file: Path) -> None:
         out=job_file.parent,
         first=spec["first"],
     )
-    _quiet_libraries()
+    quiet_libraries()
     from alignkit.observe.alerts import NOT_A_NUMBER, Watch
     from alignkit.observe.tracking import Tracker
     from alignkit.runtime.checkpoint import Checkpoints
     from alignkit.runtime.sharding import Cluster
 
     stage = importlib.import_module(f"alignkit.stages.{job.stage}")
-    sharding = config.sharding
-    cluster = Cluster.open(
-        shard_size=sharding.shard_size,
-        compute_dtype=config.compute_dtype,
-        activation_checkpointing=sharding.activation_checkpointing,
-        offload_frozen=sharding.offload_frozen,
-    )
+    cluster = Cluster.of(config)
     if cluster.is_main and cluster.device.type == "cpu":
         warn_of_slow_threads()
     limits = config.tracking.alerts
@@ -189,7 +183,7 @@ def report_reused(spec: dict[str, Any], config: RunConfig, figures: dict[str, An
             sink.finish(0)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Leave warnings about what cannot be mended here out of the person's terminal."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")

@@ -30,7 +30,7 @@ from alignkit.models.policy import logprobs_at, pack_rows, response_logprobs
 from alignkit.models.scalar import ScalarModel, Scalars, score_sequences
 from alignkit.models.settings import refuse_in_ppo, refuse_stacking
 from alignkit.reward.model import RewardModel
-from alignkit.reward.source import CombinedSource, RewardSource
+from alignkit.reward.source import CombinedSource, RewardSource, opened
 from alignkit.stages.optimizer import OffloadedAdamW, adamw
 from alignkit.stages.settings import PPOSettings
 from alignkit.stages.state import AveragedWeights, KeptWeights, PPOState
@@ -118,7 +118,7 @@ def load_actors(job: Job, cluster: Cluster) -> Actors:
     policy = cluster.place(lambda: start_of(folder, config), trainable=True)
     reference = WithoutAdapter(policy) if adapted else cluster.place(lambda: load_policy(folder), trainable=False)
     shares = adapted and config.advantage.uses_values and isinstance(config.reward, RewardModel)
-    reward = config.reward.open(job.inputs.get("reward"), encoder, cluster, *([peft] if shares else []))
+    reward = opened(config.reward, job.inputs.get("reward"), encoder, cluster, *([peft] if shares else []))
     value_model = first_value(reward, folder, config, cluster) if config.advantage.uses_values else None
     if settings.packing:
         sources = getattr(reward, "members", {"reward": reward}).values()

@@ -15,7 +15,7 @@ from transformers import set_seed
 from alignkit.algo.batching import pad_right
 from alignkit.algo.losses import negative_log_likelihood
 from alignkit.algo.sequence import token_logprobs
-from alignkit.data.corpus import Corpus, Demonstration, Prompt
+from alignkit.data.corpus import Corpus, Demonstration, Prompt, load_corpus
 from alignkit.data.tokens import Encoder
 from alignkit.models.adapters import merge, save_adapter
 from alignkit.models.loading import load_causal, load_scorer, require_context
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def prepare(job: Job, is_main: bool) -> Corpus:
     """Seed everything and load the data; the first stage of a run prints what was found in it."""
     set_seed(job.config.seed)
-    corpus = job.config.data.load(job.config.seed)
+    corpus = load_corpus(job.config.data, job.config.seed)
     if is_main and job.first:
         for note in corpus.notes:
             print(f"data: {note}")

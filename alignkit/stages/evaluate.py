@@ -18,6 +18,7 @@ from alignkit.errors import TrainingError
 from alignkit.models.loading import load_encoder, model_folder
 from alignkit.observe.hacking import hacking_warnings
 from alignkit.observe.tracking import write_report, write_rows
+from alignkit.reward.source import opened
 from alignkit.stages import best_of_n
 from alignkit.stages.actors import load_policy
 from alignkit.stages.common import encode_demonstrations, heldout_loss, prepare, sample_of
@@ -48,7 +49,7 @@ def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) 
     )
     texts = [prompt for prompt, _ in prompts]
     save(job, cluster, rows := side_by_side(texts, tuned, before))  # before a judge can fail
-    source = config.reward.open(job.inputs.get("reward"), encoder, cluster)
+    source = opened(config.reward, job.inputs.get("reward"), encoder, cluster)
     reward, judge = scorer_of(source, job, cluster), open_judge(job, corpus, source, encoder, cluster)
     try:
         scores = reward(texts, tuned), reward(texts, before)

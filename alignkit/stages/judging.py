@@ -15,7 +15,7 @@ from alignkit.errors import TrainingError
 from alignkit.models.settings import stage_folder
 from alignkit.reward.judge import FromData
 from alignkit.reward.outside import why
-from alignkit.reward.source import Answers, CombinedSource, RewardSource
+from alignkit.reward.source import Answers, CombinedSource, RewardSource, opened
 from alignkit.stages.responses import Responses
 from alignkit.stages.scoring import reward_scores
 
@@ -73,7 +73,7 @@ def open_judge(
         if known is None:
             return Judge("reward_model", scorer_of(reward, job, cluster), optimised=True)
         return Judge(known.name, lambda prompts, responses: known.score(prompts, responses.texts))
-    source = choice.open(job.inputs.get("judge"), encoder, cluster)
+    source = opened(choice, job.inputs.get("judge"), encoder, cluster)
     name = NAMES.get(type(choice).__name__, type(choice).__name__)
     if hasattr(source, "compare"):
         return Judge(name, None, asker_of(source, cluster))

@@ -30,7 +30,7 @@ from alignkit.observe.progress import Progress
 from alignkit.reward.source import Answers
 from alignkit.stages.actors import Actors, load_actors, logprobs_of, sample, values_of
 from alignkit.stages.common import prepare, prompts_within, save_trained, show_example
-from alignkit.stages.ppo_checks import check_rollout
+from alignkit.stages.ppo_checks import check_advantages, check_rollout
 from alignkit.stages.ppo_looks import Looks
 from alignkit.stages.ppo_report import (
     Timers,
@@ -172,6 +172,7 @@ def ppo_iteration(
     if config.shaping.whiten:
         shaped = replace(raw, per_token=whiten(raw.per_token, raw.mask, shift_mean=False))
     target = config.advantage(shaped, scored.values, rollout.response_mask, config.ppo.samples_per_prompt)
+    check_advantages(target, config.advantage, rollout.response_mask.shape)
     advantages = normalise(
         target.advantages, rollout.response_mask, config.advantage.whiten, config.advantage.clip, over="batch"
     )

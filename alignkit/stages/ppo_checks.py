@@ -90,6 +90,17 @@ def check_ratio(mean: float, largest: float, dtype: torch.dtype) -> None:
         )
 
 
+def check_advantages(target: object, estimator: object, shape: torch.Size) -> None:
+    """An estimator from outside alignkit has returned what is asked of it."""
+    found = [tuple(getattr(getattr(target, name, None), "shape", ())) for name in ("advantages", "returns")]
+    if found != [tuple(shape)] * 2:
+        kind = type(estimator)
+        raise TrainingError(
+            f"advantage: '{kind.__module__}.{kind.__qualname__}' returned {type(target).__name__}"
+            f"{' of ' + str(found) if any(found) else ''}, expected alignkit.Advantages of two {tuple(shape)}"
+        )
+
+
 def check_reference(scored: ScoredRollout, mask: Tensor, dtype: torch.dtype) -> None:
     """Before the first policy step the policy is the reference: KL(policy || reference) is 0 at every token."""
     gap = torch.where(mask, scored.logprobs - scored.ref_logprobs, 0.0).abs()

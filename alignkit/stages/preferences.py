@@ -10,6 +10,7 @@ from alignkit.data.tokens import Encoder
 from alignkit.errors import UserError
 from alignkit.models.loading import load_encoder, model_folder
 from alignkit.observe.tracking import write_rows
+from alignkit.reward.source import opened
 from alignkit.stages.actors import load_policy
 from alignkit.stages.common import prepare, prompts_within
 from alignkit.stages.judging import compare, open_judge
@@ -32,7 +33,7 @@ def run(job: Job, cluster: Cluster, tracker: Tracker, checkpoints: Checkpoints) 
     policy = cluster.place(lambda: load_policy(model_folder(job.inputs["policy"])), trainable=False)
     prompts = drawn(corpus.train.prompts + corpus.heldout.prompts, encoder, job)
     first, second = (respond(policy, None, prompts, encoder, config, cluster, noise) for noise in ("one", "many"))
-    source = config.reward.open(job.inputs.get("reward"), encoder, cluster)
+    source = opened(config.reward, job.inputs.get("reward"), encoder, cluster)
     judge = open_judge(job, corpus, source, encoder, cluster)
     texts = [prompt for prompt, _ in prompts]
     outcomes = compare(judge, texts, first, second).outcomes

@@ -390,7 +390,7 @@ def test_the_options_of_the_user_are_listed_too(cli, own):
 
 def test_a_strategy_of_the_user_that_lacks_what_is_called_is_refused(cli, own):
     (own / "own_kl.py").write_text(OWN_STRATEGY.replace("def next(", "def nxt("))
-    expected = "kl._target_: 'own_kl.Slope' lacks next, which kl must have"
+    expected = "kl._target_: 'own_kl.Slope' lacks next(coef, observed=, episodes=), which kl must have"
     refused(cli("rlhf", "--config-dir", "conf", "kl=slope", "trusted=[own_kl]"), expected)
 
 

@@ -118,7 +118,10 @@ MISTAKES = {
     ),
     "a member that is no reward": (
         [*TWO, "reward.members.a._target_=alignkit.algo.control.FixedKL"],
-        ["reward.members.a._target_: 'alignkit.algo.control.FixedKL' lacks open, which reward must have"],
+        [
+            "reward.members.a._target_: 'alignkit.algo.control.FixedKL' lacks open(folder, encoder, cluster) or "
+            "score(answers, microbatch), which reward must have"
+        ],
     ),
     "a member that is not added": (
         ["reward=ensemble", "reward@reward.members.a=model"],

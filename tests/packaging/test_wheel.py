@@ -61,7 +61,7 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_the_package_every_setting_and_every_recipe(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for folder, ending in (("conf", "yaml"), ("recipes", "py")):
+    for folder, ending in (("conf", "yaml"), ("recipes", "py"), ("recipes", "yaml")):
         files = [file.relative_to(ROOT) for file in (ROOT / folder).rglob(f"*.{ending}")]
         assert files
         assert {f"alignkit/{file}" for file in files} <= names
