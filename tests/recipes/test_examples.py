@@ -110,7 +110,7 @@ MISTAKES = {
     "an exception": (
         ("    length: int\n", f"    length: int\n{RULE}self.zzz\n"),
         "reward: 'own_parts.Nearness' could not be made: AttributeError: 'Nearness' object has no attribute 'zzz' ("
-        "{file}, line 31)",
+        "{file}, line 32)",
     ),
 }
 
