@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -60,11 +61,9 @@ def as_others_load(folder: Path, scores: bool) -> nn.Module:
             return (AutoModelForSequenceClassification if scores else AutoModelForCausalLM).from_pretrained(folder)
         import peft
 
-        if scores:
-            kind, labels = peft.AutoPeftModelForSequenceClassification, {"num_labels": 1}
-        else:
-            kind, labels = peft.AutoPeftModelForCausalLM, {}
-        return kind.from_pretrained(str(folder), dtype=torch.float32, **labels)
+        options: dict[str, Any] = {"dtype": torch.float32, **({"num_labels": 1} if scores else {})}
+        kind = peft.AutoPeftModelForSequenceClassification if scores else peft.AutoPeftModelForCausalLM
+        return kind.from_pretrained(str(folder), **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"export: '{folder}' cannot be loaded: {first_line(error)}") from error
 

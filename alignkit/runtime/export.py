@@ -146,7 +146,7 @@ def bases(source: Path) -> tuple[str, str, dict[str, Any]]:
     stands_on = Path((adapter_facts(source) or {}).get("base_model_name_or_path", ""))
     if stands_on.is_absolute():
         stands_on = Path(stands_on.parent.name if stands_on.name == "model" else stands_on.name)
-    name, card = Path(os.path.abspath(base)).name if base else "", Path(base, "README.md")
+    name, card = Path(os.path.abspath(base)).name if base else "", str(Path(base, "README.md"))
     try:
         if base and not Path(base).exists() and isinstance(try_to_load_from_cache(base, "config.json"), str):
             name, card = base, hf_hub_download(base, "README.md")

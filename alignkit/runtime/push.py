@@ -45,7 +45,7 @@ def send(folder: Path, hub: HfApi, name: str, public: bool) -> str:
 def told(name: str) -> Iterator[None]:
     """What the Hub, or the way there, says in a line: a person's mistake as UserError, the rest as ConnectionError."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, and not in __all__
 
     try:
         if name.count("/") != 1:
