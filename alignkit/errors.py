@@ -40,3 +40,9 @@ def in_words(error: BaseException) -> str:
     words = (f"{type(error).__name__}: {error}".splitlines() or [""])[0].rstrip(": ")
     frames = traceback.extract_tb(error.__traceback__)
     return f"{words} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else words
+
+
+def on_one_line(text: str, longest: int = 2000) -> str:
+    """Text that may hold a stranger's words, as any terminal and log can take it: what does not print is escaped."""
+    plain = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+    return plain if len(plain) <= longest else f"{plain[: longest - 3]}..."

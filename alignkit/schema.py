@@ -31,7 +31,7 @@ def section(cls: type) -> BeforeValidator:
 
     def made(value: Any) -> Any:
         try:
-            return cls(**value) if isinstance(value, dict) else value
+            return cls(**{str(key): item for key, item in value.items()}) if isinstance(value, dict) else value
         except ValidationError as error:
             lines = (f"{'.'.join(map(str, item['loc']))}: {_plain(item)}" for item in error.errors())
             raise ValueError("; ".join(lines)) from None

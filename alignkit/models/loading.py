@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,6 +25,7 @@ from alignkit.errors import UserError
 from alignkit.models.adapters import apply_adapter, merge
 from alignkit.models.pooled import is_pooled, pooled_encoder
 from alignkit.models.settings import UNGROUPED, ModelSettings, adapter_facts
+from alignkit.models.sound import refuse_other_tokenizer, refuse_unsound_weights
 from alignkit.models.tokenizer import (
     PLAIN_TEMPLATE,
     end_of_turn,
@@ -48,6 +48,7 @@ def start_policy(
     else:
         tokenizer = load_tokenizer(spec.path, spec.revision, spec.trust_remote_code)
         model = load_causal(spec.path, spec.revision, spec.trust_remote_code, **(quantization or {}))
+        refuse_other_tokenizer(spec.path, tokenizer.vocab_size, model.get_input_embeddings().weight.shape[0])
         ensure_pad(tokenizer)
         tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
         grow_embeddings(model, len(tokenizer))
@@ -160,6 +161,7 @@ def scalar_head(classifier: nn.Module) -> nn.Linear:
 def load_encoder(path: str | Path) -> Encoder:
     """Tokenizer and stop tokens of a finished stage's model folder (or of any Hugging Face model folder)."""
     tokenizer = load_tokenizer(path)
+    refuse_other_tokenizer(path, len(tokenizer))
     if is_pooled(path):
         return pooled_encoder(tokenizer, path)
     if ensure_pad(tokenizer):
@@ -236,9 +238,11 @@ def _load(factory: Any, path: str | Path, **options: Any) -> PreTrainedModel:
                 revision: Any = options.get("revision")
                 model.generation_config = GenerationConfig.from_pretrained(str(path), revision=revision)
             return model
-        model = factory.from_pretrained(str(path), dtype=torch.float32, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # we refuse them, by name
+        model, info = factory.from_pretrained(str(path), dtype=torch.float32, use_safetensors=True, **told, **options)
+    except Exception as error:  # of many classes, for whatever stands in a stranger's files
         raise UserError(f"no model could be loaded from '{path}': {first_line(error)}") from error
+    refuse_unsound_weights(model, info, path, new_head="num_labels" in options)
     if hasattr(model, "peft_config"):  # a Hub id of an adapter, which transformers has put on its base
         merge(model)
     return model

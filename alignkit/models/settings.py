@@ -164,8 +164,11 @@ def adapter_facts(folder: str | Path) -> dict[str, Any] | None:
     """What an adapter folder says of itself (base_model_name_or_path, revision, task_type, ...); None if `folder` is
     no local adapter folder. Raises UserError if it names no base."""
     file = Path(folder).expanduser() / "adapter_config.json"
-    facts = json.loads(file.read_text("utf-8")) if file.is_file() else None
-    if facts is not None and not facts.get("base_model_name_or_path"):
+    try:
+        facts = json.loads(file.read_text("utf-8")) if file.is_file() else None
+    except ValueError as error:
+        raise UserError(f"'{file}': expected JSON, got a fault ({error}); copy the adapter again") from None
+    if facts is not None and not (isinstance(facts, dict) and facts.get("base_model_name_or_path")):
         raise UserError(f"'{file}' has no base_model_name_or_path: write the place of the adapter's base there")
     return facts
 

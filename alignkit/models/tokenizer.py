@@ -21,6 +21,7 @@ PLAIN_TEMPLATE = (  # for pretrained models that come without one: plain words, 
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
+NO_TOKENIZER = "'{}' holds no tokenizer: expected tokenizer.json or tokenizer.model beside the weights"
 
 
 def learn_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -53,10 +54,12 @@ def load_tokenizer(
     """The tokenizer of a model folder or Hub id. Raises UserError with the reason if there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # of many classes, for whatever stands in a stranger's files
+        if "instantiate the backend tokenizer" in str(error):
+            raise UserError(NO_TOKENIZER.format(path)) from error
         raise UserError(f"no tokenizer could be loaded from '{path}': {first_line(error)}") from error
     if not tokenizer("a b", add_special_tokens=False)["input_ids"]:  # where there are no files, an empty one is made up
-        raise UserError(f"'{path}' holds no tokenizer: expected tokenizer.json or tokenizer.model beside the weights")
+        raise UserError(NO_TOKENIZER.format(path))
     return tokenizer
 
 
@@ -113,5 +116,6 @@ def _is_added(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """What an error says, in one line; one that ends with a colon goes on in the next."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -23,6 +23,7 @@ from typing import Any
 
 from alignkit.errors import UserError
 from alignkit.models.settings import adapter_facts
+from alignkit.models.sound import refuse_broken_files
 
 SECTIONS = {
     "sft": ("model", "peft", "data", "sft"),
@@ -130,6 +131,7 @@ def open_artifact(path: str, stages: Sequence[str] = ()) -> Artifact:
         raise UserError(
             f"'{path}' holds neither manifest.json (a finished stage) nor config.json (a Hugging Face model)"
         )
+    refuse_broken_files(folder)
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*")):
         if file.suffix in MODEL_FILES:

@@ -83,8 +83,10 @@ def compose_and_call(
     except Exception as error:
         if isinstance(error, ValueError) and sweep.failure:  # Optuna, where no job has ended well
             raise JobFailed(*sweep.failure) from None
-        if isinstance(error, PermissionError) and error.filename:
+        if isinstance(error, OSError) and error.filename:
             raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
+        if isinstance(error, ValueError) and "integer string conversion" in str(error):
+            raise UserError("a number on the command line has more than 4,300 digits") from None
         if isinstance(error, ValueError) and "Config group override" in str(error):
             raise HydraException(_not_an_option(conf, sys.argv[1:])) from error
         if type(error).__module__.startswith("submitit."):  # killed by Slurm, say
@@ -132,6 +134,8 @@ def _call_elsewhere(call: Callable[[dict[str, Any]], int], raw: dict[str, Any]) 
 def job_name(base: str, typed: list[str]) -> str:
     """A name of its own for each job of a sweep: its number and what it changes against the other jobs. typed: the
     words that all jobs share."""
+    if not isinstance(base, str):
+        raise UserError(f"name: expected a text, got {base!r}; quote it: 'name=\"{base}\"'")
     changed = own_words(list(HydraConfig.get().overrides.task), typed)
     words = re.sub(r"[^A-Za-z0-9_.=,+-]", "_", ",".join(changed))
     return f"{base[:80]}-{HydraConfig.get().job.num}-{words}"[:120].rstrip("-")

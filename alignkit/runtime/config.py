@@ -22,7 +22,7 @@ from pydantic.dataclasses import is_pydantic_dataclass
 from pydantic_core import ErrorDetails
 
 from alignkit.algo.shaping import Shaping
-from alignkit.errors import UserError, in_words
+from alignkit.errors import UserError, in_words, on_one_line
 from alignkit.models.settings import ModelSettings, PeftSettings
 from alignkit.observe.secrets import secrets_in
 from alignkit.observe.settings import TrackingSettings
@@ -152,7 +152,7 @@ def load(raw: dict[str, Any]) -> RunConfig:
         faults += [f"{name}: {NO_SECRET}" for name in secrets_in(raw)]
         faults += across(parts, _unknown)
     if faults:
-        raise UserError("\n".join(sorted(faults)))
+        raise UserError("\n".join(sorted(map(on_one_line, faults))))
     return RunConfig(**parts)
 
 

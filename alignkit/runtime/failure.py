@@ -13,6 +13,16 @@ LEFT_ALONE = re.compile(
     r"Connection (was )?(likely )?(closed|reset)|Broken pipe|remote process exited|pair closure|failed to recv"
 )
 
+# How Python, safetensors and torch say that nothing more can be written.
+FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large|inline_container")
+
+
+def of_a_full_disk(error: BaseException) -> str:
+    """What to tell of an error that a full disk brought about, "" for any other."""
+    if not FULL.search(str(error)):
+        return ""
+    return f"the disk is full ({' '.join(str(error).split())}): free some space, then `alignkit resume RUN` goes on"
+
 
 def forget(folder: Path) -> None:
     """Remove what an earlier attempt at this stage left about its end."""

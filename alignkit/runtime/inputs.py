@@ -18,7 +18,7 @@ def model_digest(raw: dict[str, Any]) -> dict[str, str]:
     path = raw["model"]["path"]
     if path is None:
         return {}
-    return {"model": open_artifact(path).digest if Path(path).expanduser().exists() else path}
+    return {"model": open_artifact(path).digest if _is_place(path) else path}
 
 
 def start_of_reward_model(config: RunConfig) -> Artifact | None:
@@ -33,8 +33,13 @@ def start_of_reward_model(config: RunConfig) -> Artifact | None:
         )
     if config.model.trust_remote_code:
         raise UserError("model.trust_remote_code=true: a reward model starts from transformers' own classes alone")
-    place = Path(path).expanduser()
-    return open_artifact(str(place if place.exists() else fetch(path, config.model.revision)), ("sft", "ppo"))
+    place = path if _is_place(path) else str(fetch(path, config.model.revision))
+    return open_artifact(place, ("sft", "ppo"))
+
+
+def _is_place(path: str) -> bool:
+    """Whether it is a folder, there or not, and no Hub id, which has at most one slash."""
+    return Path(path).expanduser().exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1
 
 
 def judge_of(name: str, raw: dict[str, Any]) -> dict[str, Artifact]:

@@ -12,6 +12,7 @@ from alignkit.models.settings import refuse_in_ppo, refuse_thin_chain
 from alignkit.observe.closing import as_typed, closing_words
 from alignkit.observe.leaderboard import check_objective
 from alignkit.runtime.config import RunConfig, conf_dir, load
+from alignkit.runtime.failure import of_a_full_disk
 from alignkit.runtime.launch import follow
 from alignkit.runtime.machines import Team, facts_of
 from alignkit.runtime.outer import is_extra_task, with_outer
@@ -86,6 +87,10 @@ def run_job(name: str, chain: Callable[[Run], None], raw: dict[str, Any], purpos
         code, words = 1, str(error)
     except StageFailed as error:
         code, words = error.exit_code, str(error)
+    except Exception as error:
+        if not (full := of_a_full_disk(error)):
+            raise
+        code, words = 1, full
     except Stopped as stop:
         number, code, words = stop.number, stop.exit_code, f"stopped by {stop}{_what_is_left(run, stop.saved)}"
     except KeyboardInterrupt:  # launch=inline

@@ -81,7 +81,7 @@ class Run:
         self.products: dict[str, Artifact] = {}
         self.made: list[str] = []  # stages that this run made itself, in order
         self.summary: dict[str, Any] = {}
-        self.started = time.time()
+        self.started = time.monotonic()
         self.facts = lineage.facts_of_work()
         self._note = note
         self._lock: IO[str] | None = None
@@ -112,12 +112,12 @@ class Run:
         label, spec = label or name, self._spec(changes or {})
         inputs = {key: item for key, item in {**inputs, **judge_of(name, spec.raw)}.items() if item is not None}
         self._refuse_what_is_not_used(name)
-        if self._lock is None:
-            self._open()
         made_from = {key: item.digest for key, item in inputs.items()} | (
             model_digest(spec.raw) if name == "sft" else {}
         )
         made_from |= {"run": self.name} if name in MEASURES else {}
+        if self._lock is None:
+            self._open()
         digest = stage_digest(name, spec.identity, spec.data, made_from)
         if self.purpose == "resume" and name != "evaluate":  # `alignkit evaluate` may have put another one there
             self._refuse_other_start(name, label, digest)
@@ -135,7 +135,7 @@ class Run:
         self.summary.update({f"{label}/{key}": value for key, value in product.metrics.items() if key != "seconds"})
         self.summary[f"seconds/{label}"] = product.metrics["seconds"]
         if self.purpose != "extend":
-            self.summary["seconds/total"] = round(time.time() - self.started, 1)
+            self.summary["seconds/total"] = round(time.monotonic() - self.started, 1)
         write_json(self.folder / "summary.json", self.summary)
         lineage.add_stage(self.folder, self.facts, job, product, reused)
         if reused:
@@ -243,7 +243,7 @@ class Run:
         }
 
     def _make(self, job: dict[str, Any], inputs: dict[str, Artifact], spec: Spec) -> Artifact:
-        began, name, label, digest = time.time(), job["stage"], job["label"], job["digest"]
+        began, name, label, digest = time.monotonic(), job["stage"], job["label"], job["digest"]
         partial = self.store.start(name, digest, anew=self.config.force)
         if self.purpose != "extend":  # what is there stays until there is another
             link(self.folder / label, partial)
@@ -256,7 +256,7 @@ class Run:
         stopped = run_stage(partial / "job.json", self.config.launch, size, self.team)
         self.mode = (lineage.wandb_run(partial) or {}).get("mode", self.mode)  # one stage alone waits for a dead server
         metrics = json.loads((partial / "result.json").read_text("utf-8"))
-        metrics["seconds"] = round(time.time() - began, 1)
+        metrics["seconds"] = round(time.monotonic() - began, 1)
         facts = {
             "metrics": metrics,
             "inputs": job["made_from"],

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from alignkit.errors import Interrupted, NotFinite, TrainingError, UserError
 from alignkit.runtime.artifact import write_json
 from alignkit.runtime.config import RunConfig, load
+from alignkit.runtime.failure import of_a_full_disk
 from alignkit.runtime.group import die_with_parent
 from alignkit.runtime.lineage import WANDB
 from alignkit.stages.job import Job
@@ -38,11 +39,15 @@ def main() -> None:
         run_job(job_file)
     except BaseException as error:
         kinds: dict[type, str] = {UserError: "user", TrainingError: "training", NotFinite: "training"}
-        kind = kinds.get(type(error), "crash")
+        full = of_a_full_disk(error)
+        kind = "training" if full else kinds.get(type(error), "crash")
         text = traceback.format_exc()
-        message = str(error) if kind != "crash" else f"{type(error).__name__}: {error}".splitlines()[0]
+        message = full or (str(error) if kind != "crash" else f"{type(error).__name__}: {error}".splitlines()[0])
         report = {"rank": rank, "kind": kind, "message": message, "traceback": text, "time": time.time()}
-        write_json(logs / f"rank{rank}.error.json", report)
+        try:
+            write_json(logs / f"rank{rank}.error.json", report)
+        except OSError:  # a full disk may not take even that
+            print(message, flush=True)
         if kind == "crash" and rank == 0:
             (logs / "rank0.traceback.txt").write_text(text, encoding="utf-8")
         leave(1)  # no clean-up that could wait for the other ranks

@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import hydra
+import numpy
 import pytest
 from omegaconf import OmegaConf
+from safetensors.numpy import save_file
 
 from alignkit.data.files import Files
 from alignkit.errors import UserError
@@ -384,16 +386,16 @@ def test_a_finished_stage_opens_with_its_digest_and_metrics_through_a_link_too(s
 
 
 def test_a_hugging_face_model_is_known_by_the_bytes_of_its_files(tmp_path):
-    def saved(name: str, weights: str, note: str = "") -> str:
+    def saved(name: str, weights: float, note: str = "") -> str:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text("{}")
-        (folder / "model.safetensors").write_text(weights)
+        save_file({"weight": numpy.full(2, weights)}, folder / "model.safetensors")
         (folder / "README.md").write_text(note)
         return open_artifact(str(folder)).digest
 
-    assert saved("a", "1") == saved("b", "1", note="a note does not count")
-    assert saved("a", "1") != saved("b", "2")
+    assert saved("a", 1.0) == saved("b", 1.0, note="a note does not count")
+    assert saved("a", 1.0) != saved("b", 2.0)
 
 
 def test_what_is_no_model_is_refused_with_the_reason(store, tmp_path):
