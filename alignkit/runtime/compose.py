@@ -56,9 +56,11 @@ def compose_and_call(
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
     codes: list[int] = []
     faults: list[OmegaConfBaseException] = []
+    begun: list[bool] = []  # until then it is Hydra that opens files
     here, stamp, typed = HERE, STAMP, list(sys.argv)  # as they are now: another process has others
 
     def task(composed: DictConfig) -> float | tuple[float, ...] | None:
+        begun.append(True)
         if faults or any(code >= 128 for code in codes):
             return None
         try:
@@ -83,7 +85,7 @@ def compose_and_call(
     except Exception as error:
         if isinstance(error, ValueError) and sweep.failure:  # Optuna, where no job has ended well
             raise JobFailed(*sweep.failure) from None
-        if isinstance(error, OSError) and error.filename:
+        if isinstance(error, PermissionError if begun else OSError) and error.filename:
             raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
         if isinstance(error, ValueError) and "integer string conversion" in str(error):
             raise UserError("a number on the command line has more than 4,300 digits") from None
@@ -155,6 +157,8 @@ def own_words(words: list[str], typed: list[str]) -> list[str]:
 def explain(error: Exception, conf: Path, name: str) -> str:
     """One of Hydra's or OmegaConf's errors as one line: what is wrong, and the nearest that is right."""
     text = str(error)
+    if (word := getattr(error, "override", None)) is not None:  # the grammar's own words are for its authors
+        return f"{word!r} cannot be read: write KEY=VALUE, and quote what has blanks or signs in it: 'name=\"a b\"'"
     if found := re.search(r"Could not override '([^']+)'", text):
         key = found.group(1)
         if re.search(r"\.(members|weights)\b", key):  # of a combined reward: there are none before they are named

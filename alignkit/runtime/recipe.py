@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from alignkit.errors import StageFailed, TrainingError, UserError
+from alignkit.errors import StageFailed, TrainingError, UserError, on_one_line
 from alignkit.models.settings import refuse_in_ppo, refuse_thin_chain
 from alignkit.observe.closing import as_typed, closing_words
 from alignkit.observe.leaderboard import check_objective
@@ -153,7 +153,7 @@ def _what_is_left(run: Run | None, saved: str) -> str:
 def report(message: str, code: int) -> int:
     """Print `error: ...`: each line of a list of mistakes, or a failure with what belongs to it indented."""
     first, *rest = message.splitlines() or ["failed"]
-    print(f"error: {first}", file=sys.stderr)
-    for line in rest:
+    print(f"error: {on_one_line(first)}", file=sys.stderr)
+    for line in map(on_one_line, rest):
         print(f"error: {line}" if code == 2 else f"  {line}", file=sys.stderr)
     return code
