@@ -53,7 +53,7 @@ class Http:
 
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.url or "")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:  # port: or it raises
             raise ValueError(f"url={self.url or 'null'}: expected http://HOST:PORT/PATH or https://...")
         if parts.username is not None or parts.password is not None:
             raise ValueError("url holds a user or a password: leave it out, and name a variable in token_env")

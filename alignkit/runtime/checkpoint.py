@@ -12,7 +12,9 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -112,6 +114,13 @@ class Checkpoints:
             self._prune()
         else:
             self._on_main(lambda: shutil.rmtree(aside, ignore_errors=True))
+
+    def salvage(self) -> None:
+        """After an error: seal the checkpoint that was being written, if all ranks come here within ten seconds."""
+        if self._writing is not None:
+            with suppress(Exception):  # the error is what counts
+                dist.monitored_barrier(self._group, timeout=timedelta(seconds=10))
+                self.finish()
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest sound checkpoint and its facts, None if there is none; what is damaged or was never finished goes.

@@ -112,13 +112,15 @@ def run_job(job_file: Path) -> None:
             write_json(job.out / "result.json", metrics)
         cluster.barrier()
         code = 0
-    except NotFinite as error:
-        tracker.alert("nan", str(error))
-        raise
     except Interrupted as end:
         if cluster.is_main:
             write_json(job.out / "logs" / "interrupted.json", {"step": end.step})
         cluster.barrier()
+    except Exception as error:
+        if isinstance(error, NotFinite):
+            tracker.alert("nan", str(error))
+        checkpoints.salvage()
+        raise
     finally:
         tracker.close(exit_code=code)
     cluster.close()

@@ -19,6 +19,13 @@ from alignkit.runtime.recipe import run_job
 
 EARLIER = {"kept/summary.json": '{"sft/eval_loss": 1.0}', ".store/sft-0123456789ab/model/config.json": "{}"}
 
+SMALL = {
+    "data.num_prompts": 60, "data.num_pairs": 100, "data.num_demonstrations": 60, "rollout.batch": 8,
+    "sft.max_length": 64, "sft.batch": 8, "reward_model.batch": 8, "reward_model.max_length": 90, "ppo.batch": 8,
+    "ppo.minibatch": 8, "ppo.episodes": 16, "rollout.max_response": 8, "ppo.max_prompt": 60, "evaluate.prompts": 4,
+    "evaluate.best_of_samples": 0, "kl.target": 3.0, "kl.horizon": 640, "reward.normalise": "none", "policy": "policy",
+}  # fmt: skip
+
 
 @functools.cache
 def composed(recipe: str) -> dict:
@@ -107,3 +114,18 @@ def refused(here):
 def no_stage(monkeypatch):
     """A stage that is started all the same is a failure."""
     monkeypatch.setattr(alignkit.runtime.run, "run_stage", lambda *_: pytest.fail("a stage was started"))
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, tiny_policy, tiny_tokenizer) -> Path:
+    """Folders `policy` and `reward`, of one tokenizer."""
+    place = tmp_path_factory.mktemp("whole")
+    from transformers import LlamaForSequenceClassification
+
+    policy = tiny_policy()
+    policy.save_pretrained(place / "policy")
+    policy.config.num_labels = 1
+    LlamaForSequenceClassification(policy.config).save_pretrained(place / "reward")
+    for name in ("policy", "reward"):
+        tiny_tokenizer.save_pretrained(place / name)
+    return place

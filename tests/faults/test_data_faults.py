@@ -37,9 +37,11 @@ def row(value) -> bytes:
 FAULTS = {  # what is wrong -> the file's name, its bytes, the line
     "UTF-16": ("a.jsonl", GOOD.decode().encode("utf-16"), "a.jsonl:1: expected UTF-8 text, got UTF-16: convert it with "
                "`iconv -f UTF-16 -t UTF-8`"),
-    "Latin-1": ("a.jsonl", GOOD + '{"text": "café"}\n'.encode("latin-1"), "a.jsonl:4: expected UTF-8 text, got byte 0xe9 "
+    "Latin-1": ("a.jsonl", GOOD + '{"text": "café"}\n'.encode("latin-1"), "a.jsonl:4: expected UTF-8 text, got byte "
+        "0xe9 "
                 f"at column 14{MEND}"),
-    "gzip cut off": ("a.jsonl.gz", gzip.compress(GOOD * 99)[:-9], "a.jsonl.gz:298: expected gzip data, got its end (the "
+    "gzip cut off": ("a.jsonl.gz", gzip.compress(GOOD * 99)[:-9], "a.jsonl.gz:298: expected gzip data, got its end "
+        "(the "
                      f"file is cut off); {JUNK}"),
     "gzip in name alone": ("a.jsonl.gz", GOOD, "a.jsonl.gz:1: expected gzip data, got Not a gzipped file (b'{\"'); "
                            f"{JUNK}"),
@@ -54,39 +56,52 @@ FAULTS = {  # what is wrong -> the file's name, its bytes, the line
     "lines in a list": ("a.json", GOOD, "a.json:1: expected a list [...] of objects; one object a line needs a name "
                         "ending in .jsonl"),
     "nested too deeply": ("a.jsonl", GOOD + b"[" * 200_000, f"a.jsonl:4: expected one JSON object, got {NESTED}{MEND}"),
-    "a number of 5,000 digits": ("a.jsonl", GOOD + b"1" * 5000, f"a.jsonl:4: expected one JSON object, got {NESTED}{MEND}"),
-    "NaN as margin": ("a.jsonl", row({**pair(9), "margin": float("nan")}), "a.jsonl:4: expected `margin` to be a finite "
+    "a number of 5,000 digits": ("a.jsonl", GOOD + b"1" * 5000, f"a.jsonl:4: expected one JSON object, got "
+        f"{NESTED}{MEND}"),
+    "NaN as margin": ("a.jsonl", row({**pair(9), "margin": float("nan")}), "a.jsonl:4: expected `margin` to be a "
+        "finite "
                       f"number, got nan{MEND}"),
     "infinity as margin": ("a.jsonl", row({**pair(9), "margin": float("inf")}), "a.jsonl:4: expected `margin` to be a "
                            f"finite number, got inf{MEND}"),
     "half of a surrogate pair": ("a.jsonl", row({**pair(9), "chosen": "\ud83d"}), "a.jsonl:4: expected `chosen` to be "
                                  f"Unicode text, got half of a surrogate pair in it{MEND}"),
-    "an empty response": ("a.jsonl", row({**pair(9), "chosen": ""}), f"a.jsonl:4: expected `chosen` not to be empty, got ''{MEND}"),
+    "an empty response": ("a.jsonl", row({**pair(9), "chosen": ""}), f"a.jsonl:4: expected `chosen` not to be "
+        f"empty, got ''{MEND}"),
     "a blank response": ("a.jsonl", row({"prompt": "a", "response": " \n"}), "a.jsonl:4: expected `response` not to be "
                          f"empty, got ' \\n'{MEND}"),
-    "a null": ("a.jsonl", row({**pair(9), "chosen": None}), f"a.jsonl:4: expected the keys of one format ({KNOWN}), got "
+    "a null": ("a.jsonl", row({**pair(9), "chosen": None}), f"a.jsonl:4: expected the keys of one format ({KNOWN}), "
+        f"got "
                f"prompt, chosen (null), rejected{MEND}"),
-    "a number for a text": ("a.jsonl", row({"prompt": 3, "response": "b"}), "a.jsonl:4: expected `prompt` to be text or a "
+    "a number for a text": ("a.jsonl", row({"prompt": 3, "response": "b"}), "a.jsonl:4: expected `prompt` to be "
+        "text or a "
                             f"list of messages, got 3{MEND}"),
-    "an object for a text": ("a.jsonl", row({"prompt": "a", "response": {"x": 1}}), "a.jsonl:4: expected `response` to be "
+    "an object for a text": ("a.jsonl", row({"prompt": "a", "response": {"x": 1}}), "a.jsonl:4: expected `response` "
+        "to be "
                              f"text, got an object with keys x{MEND}"),
     "the same response twice": ("a.jsonl", row({**pair(9), "rejected": "good 9"}), "a.jsonl:4: expected two different "
                                 f"responses, got the same one twice: 'good 9'{MEND}"),
-    "a role that there is not": ("a.jsonl", row({"messages": [{"role": "tool", "content": "a"}]}), "a.jsonl:4: expected "
+    "a role that there is not": ("a.jsonl", row({"messages": [{"role": "tool", "content": "a"}]}), "a.jsonl:4: "
+        "expected "
                                  f"`messages[0]` to be from one of system, user, assistant, got 'tool'{MEND}"),
-    "the user's turn last": ("a.jsonl", row({"messages": [{"role": "user", "content": "a"}]}), "a.jsonl:4: expected the "
+    "the user's turn last": ("a.jsonl", row({"messages": [{"role": "user", "content": "a"}]}), "a.jsonl:4: expected "
+        "the "
                              f"last turn to be the assistant's, got the user's{MEND}"),
-    "a label that there is not": ("a.jsonl", row({"text": "a", "label": "good"}), "a.jsonl:4: expected `label` to be 0, 1, "
+    "a label that there is not": ("a.jsonl", row({"text": "a", "label": "good"}), "a.jsonl:4: expected `label` to "
+        "be 0, 1, "
                                   f"'negative' or 'positive', got 'good'{MEND}"),
-    "keys of no format": ("a.jsonl", row({"question": "a"}), f"a.jsonl:4: expected the keys of one format ({KNOWN}), got "
+    "keys of no format": ("a.jsonl", row({"question": "a"}), f"a.jsonl:4: expected the keys of one format "
+        f"({KNOWN}), got "
                           f"question{MEND}"),
-    "Parquet in name alone": ("a.parquet", GOOD, "a.parquet:1: expected Parquet data, got a fault (Parquet magic bytes not "
+    "Parquet in name alone": ("a.parquet", GOOD, "a.parquet:1: expected Parquet data, got a fault (Parquet magic "
+                                                 "bytes not "
                               "found in footer. Either the file is corrupted or this is not a parquet file.)"),
-    "Parquet without the name": ("a.jsonl", b"PAR1...", "a.jsonl:1: expected UTF-8 text, got Parquet data: let the file's "
+    "Parquet without the name": ("a.jsonl", b"PAR1...", "a.jsonl:1: expected UTF-8 text, got Parquet data: let the "
+                                                        "file's "
                                  "name end with .parquet"),
     "an empty file": ("a.jsonl", b"", "a.jsonl:1: expected at least one row, got an empty file"),
     "blank lines alone": ("a.jsonl", b"\n \n", "a.jsonl:1: expected at least one row, got an empty file"),
-    "a name that says nothing": ("a.csv", GOOD, "a.csv: expected a name that ends in .jsonl, .json (either also with .gz) "
+    "a name that says nothing": ("a.csv", GOOD, "a.csv: expected a name that ends in .jsonl, .json (either also "
+                                                "with .gz) "
                                  "or .parquet, got a.csv"),
 }  # fmt: skip
 
@@ -102,7 +117,8 @@ PATHS = {
     "a glob without a match": ("*.jsonl", "data.path=*.jsonl: expected at least one file, got no match in {here}"),
     "a folder": ("runs", "data.path=runs: expected a file, got a folder; name its files, as in runs/*.jsonl"),
     "a NUL in the name": ("a\0.jsonl", "data.path=a\\x00.jsonl: expected a file, got no such file in {here}"),
-    "a name that is too long": ("a" * 300 + ".jsonl", "data.path=" + "a" * 300 + ".jsonl: expected a file, got no such file "
+    "a name that is too long": ("a" * 300 + ".jsonl", "data.path=" + "a" * 300 + ".jsonl: expected a file, got no "
+        "such file "
                                 "in {here}"),
     "a loop of links": (
         "loop.jsonl",
@@ -144,7 +160,7 @@ def test_no_pairs_for_a_reward_model(run, refused, here, no_stage):
     refused(lambda: run("rlhf", data="jsonl", **{"data.path": "a.jsonl"}), line)
 
 
-# --------------------------------------------------------------------------------------- no fault, but nothing in silence
+# ---------------------------------------------------------------- no fault, but nothing in silence
 
 
 def corpus_of(here, data: bytes, **changes):

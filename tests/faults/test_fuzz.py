@@ -1,11 +1,11 @@
 """Wild input at the two boundaries where strangers' bytes come in: files of data, and settings.
 
-Whatever comes ends in success or in a `UserError` whose lines a person can read. 10,000 cases of readers, formats and
-`config.load`, and 100 words of the command line, which takes a tenth of a second to compose. The same cases every time.
+Whatever comes ends in success or in a `UserError` whose lines a person can read. A tenth of the cases by default, all
+10,000 (`config.load` and the readers) and 100 of the command line, each of which takes a tenth of a second to compose,
+with `-m slow`; the same cases every time.
 """
 
 import copy
-import dataclasses
 import gzip
 import io
 import json
@@ -14,25 +14,30 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from hydra.core.global_hydra import GlobalHydra
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import alignkit.cli
+import alignkit.runtime.recipe
 from alignkit.data.files import Files
 from alignkit.data.formats import FORMATS, convert_row
 from alignkit.errors import UserError
 from alignkit.runtime.config import RunConfig, conf_dir, load
 
+SHARE = pytest.mark.parametrize("share", [0.1, pytest.param(1.0, marks=pytest.mark.slow)], ids=["a tenth", "all"])
 
-def cases(number: int):
+
+def cases(number: float):
     """The settings of a property that is tried so many times: nothing random, nothing written, no clock."""
     unhurried = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
     return settings(
-        max_examples=number, derandomize=True, deadline=None, database=None, suppress_health_check=unhurried
+        max_examples=round(number), derandomize=True, deadline=None, database=None, suppress_health_check=unhurried
     )
 
 
 def readable(error: Exception, longest: int = 2000) -> None:
-    """A message for people: some lines, none of them endless, that any terminal and log can take."""
+    """A message for people: some lines, none of them endless, that any terminal and log can take; no Traceback."""
     text = str(error)
     assert text.strip() and "Traceback" not in text
     assert all(0 < len(line) < longest for line in text.split("\n")), text[:3000]
@@ -64,7 +69,7 @@ VALUES = st.recursive(
 ROWS = st.one_of(
     st.sampled_from([one.name.split("+") for one in FORMATS]).flatmap(
         lambda keys: st.fixed_dictionaries(
-            {key: VALUES for key in keys}, optional={key: VALUES for key in ("margin", "subset", "scores", "system")}
+            dict.fromkeys(keys, VALUES), optional=dict.fromkeys(("margin", "subset", "scores", "system"), VALUES)
         )
     ),
     st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=5),
@@ -86,7 +91,8 @@ def read(place: Path, name: str, data: bytes, **changes) -> None:
         source.fingerprint()
         corpus = source.load(seed=0)
     except UserError as error:
-        return readable(error)
+        readable(error)
+        return
     assert corpus.train.demonstrations
     for note in corpus.notes:
         note.encode("utf-8")
@@ -119,22 +125,23 @@ WHOLE = "\n".join(GOOD).encode()
 LINES = st.lists(st.one_of(ROWS.map(json.dumps), st.sampled_from(GOOD), TEXTS), max_size=6).map(
     lambda lines: "\n".join(lines).encode("utf-8", "surrogatepass")
 )
-CONTENTS = {  # what is in the file -> its name, its bytes, and the share of the cases
-    "anything": ("a.jsonl", st.binary(max_size=200), 0.08),
-    "rows": ("a.jsonl", LINES, 0.2),
-    "a list": ("a.json", st.lists(ROWS, max_size=4).map(json.dumps).map(str.encode), 0.08),
-    "a damaged list": ("a.json", mutated(f"[{','.join(GOOD)}]".encode()), 0.06),
-    "damaged lines": ("a.jsonl", mutated(WHOLE), 0.08),
-    "damaged gzip": ("a.jsonl.gz", mutated(gzip.compress(WHOLE, mtime=0)), 0.06),
-    "damaged parquet": ("a.parquet", mutated(parquet_bytes()), 0.04),
+CONTENTS = {  # what is in the file -> its name, its bytes, and the number of cases
+    "anything": ("a.jsonl", st.binary(max_size=200), 800),
+    "rows": ("a.jsonl", LINES, 2000),
+    "a list": ("a.json", st.lists(ROWS, max_size=4).map(json.dumps).map(str.encode), 800),
+    "a damaged list": ("a.json", mutated(f"[{','.join(GOOD)}]".encode()), 600),
+    "damaged lines": ("a.jsonl", mutated(WHOLE), 800),
+    "damaged gzip": ("a.jsonl.gz", mutated(gzip.compress(WHOLE, mtime=0)), 600),
+    "damaged parquet": ("a.parquet", mutated(parquet_bytes()), 400),
 }
 
 
+@SHARE
 @pytest.mark.parametrize("content", CONTENTS)
-def test_any_file_is_read_or_refused_in_words(tmp_path, content):
-    name, contents, share = CONTENTS[content]
+def test_any_file_is_read_or_refused_in_words(tmp_path, content, share):
+    name, contents, count = CONTENTS[content]
 
-    @cases(int(10_000 * share))
+    @cases(count * share)
     @given(data=contents, skip=st.booleans(), chat=st.booleans(), judge=st.sampled_from([0.0, 0.2]))
     def holds(data, skip, chat, judge):
         read(tmp_path, name, data, on_bad_row="skip" if skip else "stop", as_chat=chat, judge=judge)
@@ -142,14 +149,18 @@ def test_any_file_is_read_or_refused_in_words(tmp_path, content):
     holds()
 
 
-@cases(2000)
-@given(row=ROWS)
-def test_any_row_is_converted_or_refused_in_words(row):
-    try:
-        convert_row(row)
-    except ValueError as error:
-        readable(error, longest=600)
-        assert str(error).startswith("expected ") and "\n" not in str(error)
+@SHARE
+def test_any_row_is_converted_or_refused_in_words(share):
+    @cases(2000 * share)
+    @given(row=ROWS)
+    def holds(row):
+        try:
+            convert_row(row)
+        except ValueError as error:
+            readable(error, longest=600)
+            assert str(error).startswith("expected ") and "\n" not in str(error)
+
+    holds()
 
 
 # --------------------------------------------------------------------------------------------------------- settings
@@ -157,7 +168,6 @@ def test_any_row_is_converted_or_refused_in_words(row):
 
 def composed(recipe: str) -> dict:
     import hydra
-    from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
     GlobalHydra.instance().clear()
@@ -204,13 +214,50 @@ def with_changes(changes) -> dict:
     return raw
 
 
-@cases(6000)
-@given(changes=CHANGES)
-def test_any_settings_are_taken_or_refused_in_words(changes):
-    raw = with_changes(changes)
-    try:
-        config = load(raw)
-    except UserError as error:
-        return readable(error, longest=5000)
-    assert isinstance(config, RunConfig)
-    assert dataclasses.is_dataclass(config.kl)
+@SHARE
+def test_any_settings_are_taken_or_refused_in_words(share):
+    @cases(3000 * share)
+    @given(changes=CHANGES)
+    def holds(changes):
+        try:
+            config = load(with_changes(changes))
+        except UserError as error:
+            readable(error, longest=5000)
+        else:
+            assert isinstance(config, RunConfig)
+
+    holds()
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+SIGNS = st.text(alphabet="abe.=+~@/$-_0129'\"[]{}(),:# \\\x1b\u00e9\ud83d", max_size=10)
+KEY = st.one_of(st.sampled_from([".".join(path) for path in PLACES]), SIGNS)
+WORD = st.one_of(
+    st.tuples(st.sampled_from(["", "", "+", "++", "~"]), KEY, st.sampled_from(["=", "=", ""]), SIGNS).map("".join),
+    st.tuples(KEY, st.sampled_from(["=0", "=1", "=null", "=a,b", "=[1]", "={a:1}", "=${seed}", "=1e400"])).map("".join),
+    st.tuples(st.sampled_from(["kl", "data", "reward", "experiment", "judge"]), SIGNS).map("=".join),
+)
+
+
+@SHARE
+def test_any_word_of_the_command_line_is_taken_or_refused_in_words(monkeypatch, capsys, tmp_path, share):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(alignkit.runtime.recipe, "run_job", lambda name, chain, raw: bool(load(raw)) - 1)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    @cases(100 * share)
+    @given(words=st.lists(WORD.filter(lambda word: not word.startswith("-")), min_size=1, max_size=2))
+    def holds(words):
+        monkeypatch.setattr(sys, "argv", ["alignkit", "rlhf", *words])
+        GlobalHydra.instance().clear()
+        with pytest.raises(SystemExit) as ended:
+            alignkit.cli.main()
+        told = capsys.readouterr().err
+        assert (ended.value.code, bool(told)) in ((0, False), (2, True))
+        assert all(line.startswith("error: ") for line in told.splitlines())
+        if told:
+            readable(UserError(told.strip()))
+        assert not list(tmp_path.iterdir())
+
+    holds()
