@@ -16,7 +16,7 @@ from alignkit.observe.closing import as_typed
 from alignkit.observe.model_card import model_card, scrubbed
 from alignkit.observe.run_folder import RunFolder, StageFolder, json_file, read_folder
 from alignkit.observe.secrets import redacted
-from alignkit.runtime.artifact import file_facts, intact, open_artifact, sync_folder, write_json, write_whole
+from alignkit.runtime.artifact import damaged_files, file_facts, open_artifact, sync_folder, write_json, write_whole
 from alignkit.runtime.compose import as_yaml
 from alignkit.runtime.push import open_hub, send
 from alignkit.runtime.recipe import report
@@ -130,8 +130,7 @@ def is_there(target: Path, facts: Mapping[str, str]) -> bool:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
     known = json_file(target / FACTS)
-    sound = all(intact(target / name, file) for name, file in known.get("files", {}).items())
-    if not sound or facts != {key: known.get(key) for key in facts}:
+    if facts != {key: known.get(key) for key in facts} or damaged_files(target, known):
         shown = shlex.quote(as_typed(target))
         raise UserError(f"export: {shown} holds something else: remove it, or choose another --to=FOLDER")
     return True

@@ -65,7 +65,8 @@ def test_the_wheel_holds_the_package_every_setting_and_every_recipe(wheel):
         files = [file.relative_to(ROOT) for file in (ROOT / folder).rglob(f"*.{ending}")]
         assert files
         assert {f"alignkit/{file}" for file in files} <= names
-    assert {str(file.relative_to(ROOT)) for file in (ROOT / "alignkit").rglob("*.py")} <= names
+    own = [file for ending in ("*.py", "*.jinja") for file in (ROOT / "alignkit").rglob(ending)]
+    assert {str(file.relative_to(ROOT)) for file in own} <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"alignkit"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "alignkit/py.typed" in names, "users' type checkers see the annotations"
