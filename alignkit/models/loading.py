@@ -48,7 +48,8 @@ def start_policy(
     else:
         tokenizer = load_tokenizer(spec.path, spec.revision, spec.trust_remote_code)
         model = load_causal(spec.path, spec.revision, spec.trust_remote_code, **(quantization or {}))
-        refuse_other_tokenizer(spec.path, tokenizer.vocab_size, model.get_input_embeddings().weight.shape[0])
+        rows = model.get_input_embeddings().get_parameter("weight").shape[0]
+        refuse_other_tokenizer(spec.path, tokenizer.vocab_size, rows)
         ensure_pad(tokenizer)
         tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
         grow_embeddings(model, len(tokenizer))

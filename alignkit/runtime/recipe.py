@@ -88,9 +88,9 @@ def run_job(name: str, chain: Callable[[Run], None], raw: dict[str, Any], purpos
     except StageFailed as error:
         code, words = error.exit_code, str(error)
     except Exception as error:
-        if not (full := of_a_full_disk(error)):
+        code, words = 1, of_a_full_disk(error)
+        if not words:
             raise
-        code, words = 1, full
     except Stopped as stop:
         number, code, words = stop.number, stop.exit_code, f"stopped by {stop}{_what_is_left(run, stop.saved)}"
     except KeyboardInterrupt:  # launch=inline
