@@ -181,13 +181,12 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, generation_config: Generati
 
 def disable_dropout(model: PreTrainedModel) -> None:
     """Dropout off for good: sampling, scoring and training must see one and the same network."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     for name, value in vars(model.config).items():
         if "drop" in name:
             setattr(model.config, name, 0.0 if isinstance(value, float) else value)
     for module in model.modules():  # some families read it from a float of their own
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)

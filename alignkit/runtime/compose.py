@@ -83,16 +83,8 @@ def compose_and_call(
     try:
         hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(task)()
     except Exception as error:
-        if isinstance(error, ValueError) and sweep.failure:  # Optuna, where no job has ended well
-            raise JobFailed(*sweep.failure) from None
-        if isinstance(error, PermissionError if begun else OSError) and error.filename:
-            raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
-        if isinstance(error, ValueError) and "integer string conversion" in str(error):
-            raise UserError("a number on the command line has more than 4,300 digits") from None
-        if isinstance(error, ValueError) and "Config group override" in str(error):
-            raise HydraException(_not_an_option(conf, sys.argv[1:])) from error
-        if type(error).__module__.startswith("submitit."):  # killed by Slurm, say
-            raise JobFailed(f"a job did not come back: {' '.join(str(error).split())}", 1) from None
+        if told := _told(error, conf, sweep, bool(begun)):
+            raise told from error
         raise
     finally:
         sweep.close()
@@ -103,6 +95,21 @@ def compose_and_call(
     if sweep.failure:
         raise JobFailed(*sweep.failure)
     return next((code for code in codes if code), 0)
+
+
+def _told(error: Exception, conf: Path, sweep: Sweep, begun: bool) -> Exception | None:
+    """An error that Hydra or a launcher let through, as one for people; None for what is none. begun: a job was."""
+    if isinstance(error, ValueError) and sweep.failure:  # Optuna, where no job has ended well
+        return JobFailed(*sweep.failure)
+    if isinstance(error, PermissionError if begun else OSError) and error.filename:
+        return UserError(f"{error.filename}: cannot be written: {error.strerror}")
+    if isinstance(error, ValueError) and "integer string conversion" in str(error):
+        return UserError("a number on the command line has more than 4,300 digits")
+    if isinstance(error, ValueError) and "Config group override" in str(error):
+        return HydraException(_not_an_option(conf, sys.argv[1:]))
+    if type(error).__module__.startswith("submitit."):  # killed by Slurm, say
+        return JobFailed(f"a job did not come back: {' '.join(str(error).split())}", 1)
+    return None
 
 
 def _register_launcher() -> None:

@@ -86,9 +86,9 @@ NO_SECRET = (
 @dataclass(frozen=True)
 class RunConfig:
     """Everything that a run was told. `name`, `runs_dir`: where it writes; `seed`: all randomness; `compute_dtype`:
-    of forward and backward passes; `force`: run
-    finished stages again; `trusted`: modules besides alignkit that `_target_` may name; `policy`: a model folder;
-    `objective`: the figure of summary.json by which the jobs of a sweep are compared, or several."""
+    of forward and backward passes; `force`: run finished stages again; `trusted`: modules besides alignkit that
+    `_target_` may name; `policy`: a model folder; `objective`: the figure of summary.json by which the jobs of a sweep
+    are compared, or several."""
 
     name: str | None
     runs_dir: str
@@ -183,9 +183,7 @@ def _section(path: str, cls: type, values: Any, faults: list[str]) -> Any:
 
 def _rules(path: str, cls: type, sound: dict[str, Any]) -> list[str]:
     """What the rules between fields say of the sound ones, so that one bad field does not hide another fault."""
-    rules = getattr(cls, "__post_init__", None)
-    if rules is None:
-        return []
+    rules = getattr(cls, "__post_init__", lambda _: None)
     try:
         rules(SimpleNamespace(**sound))
     except ValueError as error:
