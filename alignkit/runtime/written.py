@@ -122,12 +122,19 @@ def option_entries(group: str, option: str) -> dict[str, Entry]:
 @functools.cache
 def composed(recipe: str, preset: Path | None = None) -> tuple[dict[str, Entry], dict[str, str]]:
     """A recipe's settings, under a preset if one is given, and the option that each group has."""
-    layers = [read(conf_dir() / f"{name}.yaml") for name in ("base", recipe)] + ([read(preset)] if preset else [])
+    layers = [read(conf_dir() / f"{name}.yaml") for name in ("base", recipe)] + (_lineage(preset) if preset else [])
     chosen = {group: option for layer in layers for group, option in layer.chosen.items()}
     entries = {key: e for group, option in chosen.items() for key, e in option_entries(group, option).items()}
     for layer in layers:
         entries |= layer.entries
     return entries, chosen
+
+
+def _lineage(preset: Path) -> list[Source]:
+    """A preset after those that it starts from."""
+    source = read(preset)
+    before = [layer for name in source.parents for layer in _lineage(preset.with_stem(name))]
+    return [*before, source]
 
 
 def imported(target: str) -> Any:
