@@ -85,7 +85,7 @@ def test_options_presets_and_recipes_that_change_a_setting_are_named_with_their_
     assert re.search(r"sweep=kl +2.0,4.0,8.0 +conf/sweep/kl.yaml:\d+\n", text)
     assert re.search(r"experiment=stiennon +- +kl=fixed does not have it\n", text)
     text = explanation("ppo.learning_rate", "", RECIPES)
-    assert re.search(r"experiment=instructgpt +8.05e-6 +conf/experiment/instructgpt.yaml:\d+  of the policy", text)
+    assert re.search(r"experiment=instructgpt +8.05e-6 +conf/experiment/instructgpt.yaml:\d+  of th", text)
     assert explanation("ppo.self_checks", "", RECIPES).endswith("\n\nno preset changes it")
 
 
