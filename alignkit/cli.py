@@ -16,6 +16,7 @@ USAGE = """alignkit {version}: alignment of language models from human preferenc
   alignkit RECIPE --info defaults-tree  print where they come from
   alignkit RECIPE -m KEY=A,B,C          run once for each value
   alignkit RECIPE --config-dir FOLDER   add your own options to its groups
+  alignkit check RECIPE [KEY=VALUE ...] what can be known before anything is trained: models, data, disk, memory, W&B
   alignkit plan RECIPE [KEY=VALUE ...] [--gpu-memory=GIB]
                                         what it takes of each GPU's memory, and whether that fits
   alignkit resume RUN                   go on with a run that was interrupted, wherever it was
@@ -61,6 +62,10 @@ def main() -> None:
     if not words:
         return
     name = words[0]
+    if name == "check":
+        from alignkit.runtime.recipe import check_command
+
+        sys.exit(check_command(words[1:], recipes))
     if name == "plan":
         from alignkit.runtime.plan_text import plan_command
 

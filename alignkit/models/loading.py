@@ -27,13 +27,13 @@ from alignkit.models.pooled import is_pooled, pooled_encoder
 from alignkit.models.settings import UNGROUPED, ModelSettings, adapter_facts
 from alignkit.models.sound import refuse_other_tokenizer, refuse_unsound_weights
 from alignkit.models.tokenizer import (
-    PLAIN_TEMPLATE,
     end_of_turn,
     ensure_pad,
     find_stop_ids,
     first_line,
     learn_tokenizer,
     load_tokenizer,
+    start_tokenizer,
 )
 
 
@@ -46,12 +46,10 @@ def start_policy(
         tokenizer = learn_tokenizer(texts(), spec.vocab_size)
         model = build_model(spec, tokenizer)
     else:
-        tokenizer = load_tokenizer(spec.path, spec.revision, spec.trust_remote_code)
+        tokenizer = start_tokenizer(spec.path, spec.revision, spec.trust_remote_code)
         model = load_causal(spec.path, spec.revision, spec.trust_remote_code, **(quantization or {}))
         rows = model.get_input_embeddings().get_parameter("weight").shape[0]
         refuse_other_tokenizer(spec.path, tokenizer.vocab_size, rows)
-        ensure_pad(tokenizer)
-        tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
         grow_embeddings(model, len(tokenizer))
     tokenizer.padding_side = "left"
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -78,6 +78,15 @@ def ensure_pad(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(tokenizer.add_special_tokens({"pad_token": name}))
 
 
+def start_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a pretrained model as SFT goes on with it: a PAD of its own, a plain template where it has none.
+    Raises UserError."""
+    tokenizer = load_tokenizer(path, revision, trust_remote_code)
+    ensure_pad(tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    return tokenizer
+
+
 def find_stop_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
 ) -> tuple[int, ...]:

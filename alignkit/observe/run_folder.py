@@ -20,6 +20,7 @@ NAMES = {
     "bench": "Benchmark",
 }
 ENDED = "ended.json"  # how and where the run ended: time, error, machine, versions
+PREFLIGHT = "preflight.json"  # what was found before anything was trained
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,14 @@ class StageFolder:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run. stages: in the order in which they were made, unfinished ones last."""
+    """A run. preflight: warnings from before it began; stages: in the order in which they were made, unfinished ones
+    last."""
 
     path: Path
     recipe: str
     summary: Mapping[str, Any]
     ended: Mapping[str, Any]
+    preflight: list[str] = field(default_factory=list)
     stages: list[StageFolder] = field(default_factory=list)
 
     @property
@@ -94,7 +97,9 @@ def read_folder(folder: Path) -> RunFolder:
         ended = {}
     found = [_stage(place, summary) for place in sorted(folder.iterdir()) if _is_stage(place)]
     found.sort(key=lambda stage: (stage.manifest.get("finished", math.inf), stage.label))
-    return RunFolder(folder, first.removeprefix("# alignkit ").strip() or "run", summary, ended, found)
+    findings = [finding for finding in json_file(folder / PREFLIGHT).get("findings") or () if isinstance(finding, dict)]
+    told = [str(finding.get("line")) for finding in findings if finding.get("level") == "warning"]
+    return RunFolder(folder, first.removeprefix("# alignkit ").strip() or "run", summary, ended, told, found)
 
 
 def _is_stage(place: Path) -> bool:

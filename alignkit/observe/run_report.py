@@ -19,7 +19,15 @@ MANY = 12  # settings from which their table is folded
 DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, OSError)
 OF_A_STAGE = ("report.html", "metrics.jsonl", "samples.jsonl", "responses.jsonl", "best_of_n.json", "report.json",
               "manifest.json", "model", "logs")  # fmt: skip
-OF_THE_RUN = ("config.yaml", "summary.json", "ended.json", "lineage.json", "frontier.json", "overoptimization.json")
+OF_THE_RUN = (
+    "config.yaml",
+    "summary.json",
+    "ended.json",
+    "lineage.json",
+    "preflight.json",
+    "frontier.json",
+    "overoptimization.json",
+)
 
 
 class Change(NamedTuple):
@@ -87,7 +95,10 @@ def _verdicts(run: RunFolder) -> str:
 
 def _warnings(run: RunFolder) -> str:
     found = warnings(run)
-    return "".join(paragraph(text, alarm=True) for text in found) or paragraph("Nothing to warn of was found.")
+    if not found:
+        return paragraph("Nothing to warn of was found.")
+    counted = f"{len(found)} in all, {len(run.preflight)} of them before the start."
+    return "".join([paragraph(counted), *(paragraph(text, alarm=True) for text in found)])
 
 
 def _what_ran(run: RunFolder, changes: Sequence[Change] | None) -> str:

@@ -92,7 +92,7 @@ VERDICTS: dict[str, Callable[[Mapping[str, Any], StageFolder], str]] = {
 
 def warnings(run: RunFolder) -> list[str]:
     """What a person should know before using the model, each with the stage it is of."""
-    told = []
+    told = [f"Before the start: {text}" for text in run.preflight]
     for stage in run.stages:
         found = [str(text) for text in stage.report.get("warnings") or ()]
         found += alerts_in(stage.figures)

@@ -30,6 +30,11 @@ def decide_mode(mode: str) -> tuple[str, str | None]:
     return "online", None if mode == "online" else f"tracking: W&B online, API key found in {place}"
 
 
+def server() -> str:
+    """The address of the W&B server that runs are sent to."""
+    return os.environ.get("WANDB_BASE_URL") or _saved_settings().get("base_url") or "https://api.wandb.ai"
+
+
 def _saved_settings() -> dict[str, str]:
     """What `wandb login` and `wandb offline` have left: the user's settings file, then the working folder's."""
     config = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb")
@@ -49,7 +54,7 @@ def _find_api_key(saved: Mapping[str, str]) -> str | None:
             return variable
     if saved.get("api_key") or saved.get("identity_token_file"):
         return "the W&B settings file"
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or saved.get("base_url") or "https://api.wandb.ai").netloc
+    host = urlsplit(server()).netloc
     path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
     try:
         entry = netrc.netrc(path).authenticators(host)

@@ -108,15 +108,16 @@ def _decisive(settings: Mapping[str, Any], hidden: Sequence[str]) -> dict[str, A
     return kept
 
 
-def open_artifact(path: str, stages: Sequence[str] = ()) -> Artifact:
+def open_artifact(path: str, stages: Sequence[str] = (), whole: bool = True) -> Artifact:
     """A model that the user names: a finished stage (or its `model/`) by its manifest, any other folder by the bytes of
-    its files. Raises UserError if it is damaged, no model, or of another stage than one of `stages`."""
+    its files. whole: false reads none of these, only sizes, and gives another folder no digest. Raises UserError if it
+    is damaged, no model, or of another stage than one of `stages`."""
     folder = Path(path).expanduser()
     if folder.name == "model" and _manifest(folder.parent):
         folder = folder.parent
     if (folder / "manifest.json").is_file() and not (folder / "config.json").is_file():
         manifest = _manifest(folder)
-        lost = ["manifest.json"] if manifest is None else damaged_files(folder, manifest)
+        lost = ["manifest.json"] if manifest is None else damaged_files(folder, manifest, whole)
         if manifest is None or lost:
             raise UserError(f"'{path}' is damaged: {lost[0]} is missing, cut off or changed; make it again")
         if stages and manifest["stage"] not in stages:
@@ -131,6 +132,8 @@ def open_artifact(path: str, stages: Sequence[str] = ()) -> Artifact:
         raise UserError(
             f"'{path}' holds neither manifest.json (a finished stage) nor config.json (a Hugging Face model)"
         )
+    if not whole:
+        return Artifact(folder.resolve(), "", {})
     refuse_broken_files(folder)
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*")):
@@ -240,9 +243,10 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     )
 
 
-def intact(file: Path, facts: Mapping[str, Any]) -> bool:
-    """Whether a file has the size and SHA-256 that were written down of it."""
-    return file.is_file() and file.stat().st_size == facts["bytes"] and file_digest(file) == facts["sha256"]
+def intact(file: Path, facts: Mapping[str, Any], whole: bool = True) -> bool:
+    """Whether a file has the size and, if it is to be read, the SHA-256 that were written down of it."""
+    sized = file.is_file() and file.stat().st_size == facts["bytes"]
+    return sized and (not whole or file_digest(file) == facts["sha256"])
 
 
 def link(place: Path, target: Path) -> None:
@@ -289,6 +293,6 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def damaged_files(place: Path, seal: Mapping[str, Any]) -> list[str]:
+def damaged_files(place: Path, seal: Mapping[str, Any], whole: bool = True) -> list[str]:
     """The files that a seal or a manifest names and that are missing, cut off or changed."""
-    return [name for name, facts in seal["files"].items() if not intact(place / name, facts)]
+    return [name for name, facts in seal["files"].items() if not intact(place / name, facts, whole)]

@@ -1,5 +1,6 @@
 """What the stages of a run are made from, besides each other: the model, the judge, the reward model from outside."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ def model_digest(raw: dict[str, Any]) -> dict[str, str]:
     return {"model": open_artifact(path).digest if _is_place(path) else path}
 
 
-def start_of_reward_model(config: RunConfig) -> Artifact | None:
-    """The model in `model.path`, a folder or Hub id, which is fetched here; None where `policy` is to be taken. Raises
-    UserError if both are set."""
+def start_of_reward_model(config: RunConfig, whole: bool = True) -> Artifact | None:
+    """The model in `model.path`, a folder or Hub id, which is fetched here; None where `policy` is to be taken. whole:
+    false reads and fetches no weights. Raises UserError if both are set."""
     path, policy = config.model.path, config.policy
     if path is None:
         return None
@@ -33,13 +34,31 @@ def start_of_reward_model(config: RunConfig) -> Artifact | None:
         )
     if config.model.trust_remote_code:
         raise UserError("model.trust_remote_code=true: a reward model starts from transformers' own classes alone")
+    if not whole and not _is_place(path):
+        return Artifact(Path(path), "", {})
     place = path if _is_place(path) else str(fetch(path, config.model.revision))
-    return open_artifact(place, ("sft", "ppo"))
+    return open_artifact(place, ("sft", "ppo"), whole)
 
 
 def _is_place(path: str) -> bool:
     """Whether it is a folder, there or not, and no Hub id, which has at most one slash."""
     return Path(path).expanduser().exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1
+
+
+def named_models(stages: Sequence[str], config: RunConfig) -> list[tuple[str, str, Any]]:
+    """Setting and folder (or Hub id) of each model that the user names, the one that is trained first, and the reward
+    or judge that loads it (None: a stage does). stages: what the recipe trains."""
+    starts = {"model.path": config.model.path} if "sft" in stages or "reward_model" in stages else {}
+    starts |= {"policy": config.policy} if "sft" not in stages else {}
+    found = [(key, path, None) for key, path in starts.items() if path]
+    scorers = {"reward": config.reward, "judge": config.judge} if "ppo" in stages else {}
+    while scorers:
+        key, source = scorers.popitem()
+        members = getattr(source, "members", None) or {}
+        scorers |= {f"{key}.members.{name}": member for name, member in members.items()}
+        if path := getattr(source, "path", None):
+            found.append((f"{key}.path", path, source))
+    return found
 
 
 def judge_of(name: str, raw: dict[str, Any]) -> dict[str, Artifact]:

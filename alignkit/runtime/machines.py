@@ -27,8 +27,9 @@ from alignkit.runtime.config import RunConfig, leaves
 from alignkit.runtime.link import Link, Lost, address, listen
 from alignkit.runtime.settings import LaunchSettings
 from alignkit.runtime.signals import Noted, Stopped, relay
-from alignkit.runtime.sources import with_sources
+from alignkit.runtime.sources import files_of, with_sources
 
+FILE = "file "  # begins the name of what is said of a file
 OWN = ("name", "launch.machine", "launch.rendezvous", "launch.patience")  # settings that may differ between machines
 
 
@@ -175,11 +176,12 @@ def join(launch: LaunchSettings, facts: dict[str, Any], noted: Noted) -> Link:
 
 
 def facts_of(config: RunConfig, raw: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same on all machines, flat: settings, the user's code and data, versions; or the fault that
-    hinders to find it."""
+    """What must be the same on all machines, flat: settings, the user's code, data and models, versions; or the fault
+    that hinders to find it."""
     try:
         facts = {name: value for name, value in leaves(with_sources(raw)) if name not in OWN}
         facts["digest of the data"] = fingerprint_of(config.data, config.seed)
+        facts |= {f"{FILE}{name}": content for name, content in files_of(config)}
     except UserError as error:
         return {"fault": str(error)}
     return {**facts, "version of alignkit": __version__, "version of torch": importlib.metadata.version("torch")}
@@ -192,6 +194,13 @@ def differences(machine: int, there: Mapping[str, Any], here: Mapping[str, Any])
     names = [name for name in {**here, **there} if there.get(name) != here.get(name)]
     if not names:
         return None
+    if files := [name for name in names if name.startswith(FILE)]:
+        name, more = files[0].removeprefix(FILE), f", and {len(files) - 1} more files" * (len(files) > 1)
+        contents = " there, ".join(str(facts.get(files[0], "missing")) for facts in (there, here))
+        return (
+            f"on machine {machine} another file than on machine 0: {name} ({contents} here){more}: its ranks would "
+            "read other data or another model; copy it there, or keep it where all machines see it"
+        )
     listed = "; ".join(f"{name}: {there.get(name)} there, {here.get(name)} here" for name in names[:4])
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return (

@@ -6,16 +6,14 @@ Nothing is written, no data is read and no weights are loaded.
 from __future__ import annotations
 
 import copy
-import os
-import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from alignkit.errors import UserError
-from alignkit.runtime.config import conf_dir, load
-from alignkit.runtime.outer import is_extra_task, with_outer
-from alignkit.runtime.recipe import checked, report
+from alignkit.observe.progress import amount
+from alignkit.runtime.config import load
+from alignkit.runtime.outer import with_outer
+from alignkit.runtime.recipe import ask, checked, report
 from alignkit.runtime.rules import TRAINS
 
 if TYPE_CHECKING:
@@ -38,34 +36,11 @@ MICROBATCH = {  # phase -> the setting that its activations and logits grow with
 
 def plan_command(words: list[str], recipes: Iterable[str]) -> int:
     """The words after `alignkit plan`. Returns the exit code: 0; 1 it does not fit --gpu-memory; 2 a mistake."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from alignkit.runtime.compose import JobFailed, compose_and_call, explain
-
-    recipe = ""
     try:
         words, memory = gpu_memory(words)
-        recipe = words[0] if words else ""
-        trains = [name for name in recipes if TRAINS[name]]
-        if recipe not in trains:
-            raise UserError(f"plan: no recipe '{recipe}' that trains; those are {', '.join(trains)}")
-        if is_extra_task():
-            return 0
-        with tempfile.TemporaryDirectory() as aside:  # Hydra makes a folder for a sweep
-            sys.argv = [f"alignkit plan {recipe}", *words[1:], f"hydra.sweep.dir={aside}"]
-            return compose_and_call(conf_dir(), recipe, lambda raw: tell(recipe, raw, memory))
-    except (HydraException, OmegaConfBaseException) as error:
-        return report(explain(error, conf_dir(), recipe), 2)
     except UserError as error:
         return report(str(error), 2)
-    except JobFailed as failed:
-        return report(failed.words, failed.code)
-    except KeyboardInterrupt:
-        return report("stopped by SIGINT", 130)
-    except BrokenPipeError:  # `alignkit plan rlhf | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return ask("plan", words, [n for n in recipes if TRAINS[n]], lambda recipe, raw: tell(recipe, raw, memory))
 
 
 def gpu_memory(words: list[str]) -> tuple[list[str], float | None]:
@@ -156,11 +131,6 @@ def verdict(phases: list[Phase], memory: float | None) -> str:
         "fragmentation"
     )
     return f"{peaks}\n{'fits' if top.total <= usable else 'does not fit'}: {rule}"
-
-
-def amount(size: float) -> str:
-    """`12.34 GiB`, or MiB below one."""
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.2f} MiB"
 
 
 def advice(

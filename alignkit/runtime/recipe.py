@@ -1,16 +1,21 @@
 """The decorator that makes a recipe a program: Hydra composes, one check, then the chain runs."""
 
 import os
+import runpy
 import shlex
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 from alignkit.errors import StageFailed, TrainingError, UserError, on_one_line
 from alignkit.models.settings import refuse_in_ppo, refuse_thin_chain
 from alignkit.observe.closing import as_typed, closing_words
 from alignkit.observe.leaderboard import check_objective
+from alignkit.observe.wandb_mode import decide_mode
+from alignkit.runtime.check import Checked, lines, preflight, refuse
 from alignkit.runtime.config import RunConfig, conf_dir, load
 from alignkit.runtime.failure import of_a_full_disk
 from alignkit.runtime.launch import follow
@@ -38,17 +43,20 @@ def recipe(name: str) -> Callable[[Callable[[Run], None]], Callable[[], None]]:
 
 def run_program(name: str, chain: Callable[[Run], None]) -> int:
     """Compose, then run each job. Returns the exit code: 0; 1 a stage failed; 2 a mistake; 128 + n after a signal."""
+    return composed(name, lambda raw: run_job(name, chain, raw), lambda raw: check_job(name, chain, raw))
+
+
+def composed(
+    name: str, call: Callable[[dict[str, Any]], int], check: Callable[[dict[str, Any]], str] | None = None
+) -> int:
+    """`compose_and_call` with whatever goes wrong told in short. Returns the exit code."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     from alignkit.runtime.compose import JobFailed, compose_and_call, explain
 
     try:
-        if is_extra_task():
-            return 0
-        return compose_and_call(
-            conf_dir(), name, lambda raw: run_job(name, chain, raw), lambda raw: check_job(name, raw)
-        )
+        return 0 if is_extra_task() else compose_and_call(conf_dir(), name, call, check)
     except (HydraException, OmegaConfBaseException) as error:
         return report(explain(error, conf_dir(), name), 2)
     except UserError as error:
@@ -62,6 +70,17 @@ def run_program(name: str, chain: Callable[[Run], None]) -> int:
     except BrokenPipeError:  # `alignkit rlhf --cfg job | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def ask(verb: str, words: list[str], recipes: Iterable[str], call: Callable[[str, dict[str, Any]], int]) -> int:
+    """`alignkit VERB RECIPE [KEY=VALUE ...]`: `call` with the recipe and its composed settings, of a sweep for each of
+    its jobs. Returns the exit code."""
+    recipe = words[0] if words else ""
+    if recipe not in recipes:
+        return report(f"{verb}: no recipe '{recipe}' that trains; those are {', '.join(recipes)}", 2)
+    with tempfile.TemporaryDirectory() as aside:  # Hydra makes a folder for a sweep
+        sys.argv = [f"alignkit {verb} {recipe}", *words[1:], f"hydra.sweep.dir={aside}"]
+        return composed(recipe, lambda raw: call(recipe, raw))
 
 
 def run_job(name: str, chain: Callable[[Run], None], raw: dict[str, Any], purpose: Purpose = "new") -> int:
@@ -127,19 +146,45 @@ def checked(name: str, raw: dict[str, Any]) -> RunConfig:
     return config
 
 
-def check_job(name: str, raw: dict[str, Any]) -> str:
-    """All that can be known of a sweep's job before it is begun, its data and models included; gives the fingerprint of
-    its data. Raises UserError for what is wrong."""
-    config = checked(name, with_outer(raw))
+def check_job(name: str, chain: Callable[[Run], None], raw: dict[str, Any]) -> str:
+    """All that can be known of a sweep's job before it is begun; gives the fingerprint of its data. Raises UserError
+    for what is wrong."""
+    config = checked(name, full := with_outer(raw))
     check_objective(name, config.objective)
-    run = Run(name, config, raw)
-    if name == "ppo":
-        run.given("policy")
-        if run.needs_reward_model:
-            run.given("reward.path")
-    if name == "reward_model":
-        run.start()
+    run = looked_at(name, chain, config, full)
+    refuse(run.findings)
     return run.spec.data
+
+
+def looked_at(name: str, chain: Callable[[Run], None], config: RunConfig, raw: dict[str, Any]) -> Run:
+    """A run whose preflight was made and of which nothing is begun. Raises UserError where that came to no end."""
+    run = Run(name, config, raw, "check")
+    with suppress(Checked):
+        chain(run)
+    return run
+
+
+def check_command(words: list[str], recipes: Mapping[str, Path]) -> int:
+    """`alignkit check RECIPE`: the preflight alone; nothing is begun or written. Returns the exit code: 0, or 2."""
+    fresh = {name: file for name, file in recipes.items() if name != "evaluate"}  # which is of a run that is there
+
+    def call(recipe: str, raw: dict[str, Any]) -> int:
+        chain = runpy.run_path(str(fresh[recipe]), run_name="alignkit.recipe")["main"].chain
+        config, mistakes = checked(recipe, raw := with_outer(raw)), []
+        try:
+            found = looked_at(recipe, chain, config, raw).findings
+        except UserError as mistake:
+            mistakes = str(mistake).splitlines()
+            found = preflight(recipe, config, decide_mode(config.tracking.mode)[0], None)
+        mistakes += lines(found, "error")
+        warnings = [f"warning: {line}" for line in lines(found, "warning")]
+        counted = f", with {len(warnings)} warning{'s' * (len(warnings) > 1)}" * bool(warnings)
+        facts = [f"{f.where:<12} {f.what}" for f in found if f.level == "fact" and not mistakes]
+        for line in [*warnings, *facts, *([] if mistakes else [f"alignkit {recipe} can start{counted}"])]:
+            print(line, flush=True)
+        return report("\n".join(mistakes), 2) if mistakes else 0
+
+    return ask("check", words, fresh, call)
 
 
 def _what_is_left(run: Run | None, saved: str) -> str:

@@ -28,6 +28,7 @@ from alignkit.runtime.artifact import (
     write_json,
     write_whole,
 )
+from alignkit.runtime.check import Finding, keep, preflight, settle
 from alignkit.runtime.compose import as_yaml, read_option
 from alignkit.runtime.config import RunConfig, load, with_changes
 from alignkit.runtime.inputs import (
@@ -40,12 +41,11 @@ from alignkit.runtime.inputs import (
 )
 from alignkit.runtime.launch import run_stage
 from alignkit.runtime.machines import Team
-from alignkit.runtime.rules import TRAINS
 from alignkit.runtime.sources import with_sources
 from alignkit.runtime.worker import report_reused
 
-Purpose = Literal["new", "resume", "extend"]
-"""extend: a stage is added to a run that is there, whose other stages and config.yaml stay as they are."""
+Purpose = Literal["new", "resume", "extend", "check"]
+"""extend: a stage is added to a run that is there, all else of which stays as it is; check: nothing is begun."""
 
 
 class Spec(NamedTuple):
@@ -66,14 +66,9 @@ class Run:
         self.recipe, self.config, self.raw, self.purpose, self.team = recipe, config, raw, purpose, team
         # The data is read here too: a missing file or a broken row is told before anything is made.
         self.spec = Spec(raw, with_sources(raw), fingerprint_of(config.data, config.seed))
-        trains = "reward_model" in TRAINS[recipe] and (recipe == "reward_model" or self.needs_reward_model)
-        corpus = load_corpus(config.data, config.seed)
-        check_judge(recipe, config, corpus)
+        self.corpus = load_corpus(config.data, config.seed)
+        check_judge(recipe, config, self.corpus)
         check_bench(config)
-        if not corpus.train.pairs and trains:
-            raise UserError(
-                "data: no preference pairs; a reward model needs prompt+chosen+rejected rows or labelled texts"
-            )
         self.name = config.name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         runs = Path(config.runs_dir).absolute()
         self.folder, self.store = runs / self.name, Store(runs)
@@ -85,6 +80,12 @@ class Run:
         self.facts = lineage.facts_of_work()
         self._note = note
         self._lock: IO[str] | None = None
+        self.findings: list[Finding] = []
+
+    def _look(self) -> None:
+        """Preflight, once. Raises UserError with every error that it found, Checked where no more was asked for."""
+        self.findings, self.corpus = preflight(self.recipe, self.config, self.mode, self.corpus), None
+        settle(self.findings, self.purpose != "check")
 
     def _open(self) -> None:
         """Make the run's folder, once a stage is to be run: until then a mistake leaves nothing behind."""
@@ -97,6 +98,7 @@ class Run:
             if old.is_symlink() or old.name in ("summary.json", lineage.FILE):
                 old.unlink()
         write_whole(self.folder / "config.yaml", f"# alignkit {self.recipe}\n{as_yaml(self.raw)}")
+        keep(self.findings, self.folder)
         _say(f"run {self.name} ({self.recipe}) in {as_typed(self.folder)}")
         if self._note:
             _say(self._note)
@@ -117,6 +119,7 @@ class Run:
         )
         made_from |= {"run": self.name} if name in MEASURES else {}
         if self._lock is None:
+            self._look()
             self._open()
         digest = stage_digest(name, spec.identity, spec.data, made_from)
         if self.purpose == "resume" and name != "evaluate":  # `alignkit evaluate` may have put another one there
@@ -165,11 +168,11 @@ class Run:
                 f"{key}: missing; alignkit {self.recipe} needs the folder of a finished stage, "
                 f"for example {key}=runs/NAME/{'sft' if key == 'policy' else 'reward_model'}"
             )
-        return open_artifact(path, ("sft", "ppo") if key == "policy" else ("reward_model",))
+        return open_artifact(path, ("sft", "ppo") if key == "policy" else ("reward_model",), self.purpose != "check")
 
     def start(self) -> Artifact:
         """What a reward model starts from: `model.path` or `policy`. Raises UserError unless one of them is set."""
-        return start_of_reward_model(self.config) or self.given("policy")
+        return start_of_reward_model(self.config, self.purpose != "check") or self.given("policy")
 
     def finished(self, label: str, key: str | None = None) -> Artifact | None:
         """What a stage of this folder made before, or, by its key, what it was made from (None: nothing of that name).

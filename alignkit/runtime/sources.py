@@ -2,13 +2,17 @@
 
 import hashlib
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alignkit.data.files import files_digest
+from alignkit.data.files import Files, files_digest, resolve
 from alignkit.data.strength import read_strengths, strengths_file
-from alignkit.runtime.artifact import open_artifact
-from alignkit.runtime.config import STRATEGIES
+from alignkit.runtime.artifact import MODEL_FILES, open_artifact
+from alignkit.runtime.config import STRATEGIES, RunConfig
+from alignkit.runtime.inputs import named_models
+
+PARTS, PART = 16, 2**20  # of a file that is larger than both together, so many parts of so many bytes are compared
 
 
 def with_sources(raw: dict[str, Any]) -> dict[str, Any]:
@@ -41,6 +45,24 @@ def _with_code(strategy: dict[str, Any]) -> dict[str, Any]:
             if member.get("path"):
                 member["_model_"] = open_artifact(member["path"], ("reward_model",)).digest
     return result
+
+
+def files_of(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Setting and name of each file of the data and of the models that lie in folders here, and what it holds, in
+    short: its size and a digest, of a large one that of some parts. Raises UserError where one is missing."""
+    texts = {"ptx.path": config.ptx.path} | ({"data.path": config.data.path} if isinstance(config.data, Files) else {})
+    files = [(key, Path(file), file) for key, path in texts.items() if path for file in resolve(path, key)]
+    for key, path, _ in named_models(("reward_model", "ppo"), config):
+        folder = Path(path).expanduser()
+        inside = sorted([*folder.glob("*"), *folder.glob("model/*")])
+        files += [(key, file, str(file)) for file in inside if file.suffix in MODEL_FILES]
+    for key, file, name in files:
+        size, digest = file.stat().st_size, hashlib.sha256()
+        with file.open("rb") as stream:
+            for part in range(PARTS):
+                stream.seek(part * max(size // PARTS, PART))
+                digest.update(stream.read(PART))
+        yield f"{key}={name}", f"{size:,} bytes, SHA-256 {digest.hexdigest()[:8]}"
 
 
 def _source(module: str) -> str | None:

@@ -229,7 +229,7 @@ def test_without_a_reward_model_a_chain_needs_no_pairs(here):
     for recipe, words in (("rlhf", data), ("reward_model", outside)):
         raw = composed(*words)
         with pytest.raises(UserError, match="data: no preference pairs"):
-            Run(recipe, load(raw), raw)
+            Run(recipe, load(raw), raw)._look()
 
 
 def test_a_member_without_a_path_is_asked_for_by_its_key(here):
