@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from alignkit import __version__
-from alignkit.data.corpus import fingerprint_of, load_corpus
+from alignkit.data.corpus import Corpus, fingerprint_of, load_corpus
 from alignkit.errors import UserError
 from alignkit.observe.artifacts import places_of
 from alignkit.observe.closing import as_typed
@@ -66,7 +66,7 @@ class Run:
         self.recipe, self.config, self.raw, self.purpose, self.team = recipe, config, raw, purpose, team
         # The data is read here too: a missing file or a broken row is told before anything is made.
         self.spec = Spec(raw, with_sources(raw), fingerprint_of(config.data, config.seed))
-        self.corpus = load_corpus(config.data, config.seed)
+        self.corpus: Corpus | None = load_corpus(config.data, config.seed)
         check_judge(recipe, config, self.corpus)
         check_bench(config)
         self.name = config.name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"

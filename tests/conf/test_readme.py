@@ -36,6 +36,8 @@ def test_command_composes_and_passes_the_check(command, my_rewards):
     recipe, *words = shlex.split(command)[1:]
     if recipe == "plan":
         recipe, *words = [word for word in words if not re.fullmatch(r"--gpu-memory(=\d+)?|\d+", word)]
+    if recipe == "check":
+        recipe, *words = words
     if recipe in ("resume", "evaluate"):  # further words of these change settings in the same way
         recipe, words = "rlhf", words[1:]
     if recipe == "explain":

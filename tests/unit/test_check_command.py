@@ -7,34 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 from stub_stage import composed
 
-import alignkit.cli
 from alignkit.errors import StageFailed, UserError
 from alignkit.runtime.artifact import file_facts, open_artifact, write_json
 from alignkit.runtime.config import load, with_changes
 from alignkit.runtime.machines import differences, facts_of
 from alignkit.runtime.run import Run
 from alignkit.runtime.sources import PART, files_of
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    """Call `alignkit WORDS` in this process, in an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("RANK", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["alignkit", *words])
-        GlobalHydra.instance().clear()
-        with pytest.raises(SystemExit) as stop:
-            alignkit.cli.main()
-        return stop.value.code, *capsys.readouterr()
-
-    return call
 
 
 def write_rows(count: int) -> list[str]:
@@ -63,7 +43,7 @@ def test_the_embedded_default_is_checked_without_torch_and_nothing_is_written(tm
     *facts, last = ended.stdout.splitlines()
     assert [fact.partition(" ")[0] for fact in facts] == ["data", "disk", "memory", "W&B", "versions"]
     counts = "2,512 demonstrations and 488 held out, 5,023 pairs and 977 held out, 643 prompts and 125 held out"
-    assert facts[0] == f"data      {counts}, no prompt on both sides"
+    assert facts[0] == f"data         {counts}, no prompt on both sides"
     assert last == "alignkit rlhf can start"
     assert list(tmp_path.iterdir()) == []
 
