@@ -132,9 +132,9 @@ def open_artifact(path: str, stages: Sequence[str] = (), whole: bool = True) -> 
         raise UserError(
             f"'{path}' holds neither manifest.json (a finished stage) nor config.json (a Hugging Face model)"
         )
+    refuse_broken_files(folder)
     if not whole:
         return Artifact(folder.resolve(), "", {})
-    refuse_broken_files(folder)
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*")):
         if file.suffix in MODEL_FILES:

@@ -64,9 +64,8 @@ class Run:
         self, recipe: str, config: RunConfig, raw: dict[str, Any], purpose: Purpose = "new", team: Team | None = None
     ) -> None:
         self.recipe, self.config, self.raw, self.purpose, self.team = recipe, config, raw, purpose, team
-        # The data is read here too: a missing file or a broken row is told before anything is made.
         self.spec = Spec(raw, with_sources(raw), fingerprint_of(config.data, config.seed))
-        self.corpus: Corpus | None = load_corpus(config.data, config.seed)
+        self.corpus: Corpus | None = load_corpus(config.data, config.seed)  # what cannot be read is told first
         check_judge(recipe, config, self.corpus)
         check_bench(config)
         self.name = config.name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -114,12 +113,13 @@ class Run:
         label, spec = label or name, self._spec(changes or {})
         inputs = {key: item for key, item in {**inputs, **judge_of(name, spec.raw)}.items() if item is not None}
         self._refuse_what_is_not_used(name)
+        if self._lock is None:
+            self._look()
         made_from = {key: item.digest for key, item in inputs.items()} | (
             model_digest(spec.raw) if name == "sft" else {}
         )
         made_from |= {"run": self.name} if name in MEASURES else {}
         if self._lock is None:
-            self._look()
             self._open()
         digest = stage_digest(name, spec.identity, spec.data, made_from)
         if self.purpose == "resume" and name != "evaluate":  # `alignkit evaluate` may have put another one there
