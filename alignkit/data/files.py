@@ -18,6 +18,8 @@ from alignkit.data.corpus import Corpus, Demonstration
 from alignkit.errors import UserError
 from alignkit.schema import settings
 
+LONGEST_LINE = 256 * 2**20  # bytes
+MOST_EXPANDED = 200  # times a .gz file's size, once it is more than a line; texts come to 20 at most
 READABLE = ".jsonl, .json (either also with .gz) or .parquet"
 UNPARSABLE = "one that is nested too deeply or has a number that is too long"
 FOREIGN_BEGINNINGS = {
@@ -120,10 +122,17 @@ def parsed(text: str) -> object:
 
 def lines(file: str) -> Iterator[tuple[int, bytes]]:
     """Lines as bytes, for one with a wrong byte must not spoil the others; without the byte-order mark of UTF-8."""
-    number = 0
+    number, read = 0, 0
     try:
+        most = max(LONGEST_LINE, MOST_EXPANDED * os.path.getsize(file)) if file.endswith(".gz") else float("inf")
         with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as stream:
-            for number, line in enumerate(stream, start=1):
+            for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE), b""), start=1):
+                read += len(line)
+                if len(line) == LONGEST_LINE or read > most:
+                    what = "a longer one" if len(line) == LONGEST_LINE else f"{MOST_EXPANDED} times the file's size"
+                    raise UserError(
+                        f"{file}:{number}: expected lines of less than {LONGEST_LINE >> 20} MiB, got {what}"
+                    )
                 if number == 1:
                     refuse_foreign(file, line)
                     line = line.removeprefix(b"\xef\xbb\xbf")

@@ -18,6 +18,7 @@ from typing import Any
 from alignkit.data.files import cause, read_rows
 from alignkit.errors import UserError
 
+LARGEST = 64 * 2**20  # bytes of a file in an archive; the real ones have under 1 MiB
 REVIEWS = {"rt-polaritydata/rt-polarity.pos": 1, "rt-polaritydata/rt-polarity.neg": 0}
 
 
@@ -49,6 +50,8 @@ def movie_reviews(archive: str) -> tuple[list[dict[str, Any]], str]:
     try:
         with tarfile.open(archive) as members:
             for member, label in REVIEWS.items():
+                if members.getmember(member).size > LARGEST:
+                    raise UserError(f"{archive}: expected texts of at most {LARGEST >> 20} MiB, got a larger {member}")
                 text = members.extractfile(member).read().decode("latin-1")  # type: ignore[union-attr]  # see below
                 sentences = [line.strip(" \r") for line in text.split("\n")]
                 rows += [{"text": sentence, "label": label} for sentence in sentences if sentence]

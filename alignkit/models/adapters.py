@@ -157,6 +157,8 @@ def apply_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """`model`, a whole base, with the adapter in `folder` merged into it. Raises UserError with the reason."""
     from peft import PeftConfig, PeftModel
 
+    if not (folder / "adapter_model.safetensors").is_file():  # peft would take a pickle instead, or ask the Hub
+        raise UserError(f"'{folder}' holds no adapter_model.safetensors, the only format that an adapter is read from")
     if PeftConfig.from_pretrained(str(folder)).is_prompt_learning:
         raise UserError(
             f"'{folder}' holds learnt tokens (prefix, prompt or P-tuning), which are no part of any weight, so that no "

@@ -228,9 +228,10 @@ def _build(factory: Any, config: PreTrainedConfig, **options: Any) -> PreTrained
 
 
 def _load(factory: Any, path: str | Path, **options: Any) -> PreTrainedModel:
+    options = {"trust_remote_code": False, **options}  # left out, transformers would ask the terminal
     try:
         if _without_weights:
-            remote = {"trust_remote_code": options.get("trust_remote_code", False)}
+            remote = {"trust_remote_code": options["trust_remote_code"]}
             model = _build(factory, AutoConfig.from_pretrained(str(path), **options), **remote)
             with suppress(OSError):  # a model without one
                 revision: Any = options.get("revision")

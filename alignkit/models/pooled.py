@@ -29,7 +29,7 @@ def is_pooled(path: str | Path) -> bool:
     if adapter_facts(path) is not None:
         return False
     try:
-        return pools(AutoConfig.from_pretrained(str(path)))
+        return pools(AutoConfig.from_pretrained(str(path), trust_remote_code=False))
     except (OSError, ValueError, KeyError):
         return False
 

@@ -5,6 +5,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
@@ -76,7 +77,8 @@ def page(title: str, parts: Sequence[str]) -> str:
     that not even a mistake in escaping lets a text act."""
     sorts = any('<table class="sorted"' in part for part in parts)
     known = base64.b64encode(hashlib.sha256(SORT.encode()).digest()).decode()
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:" + f"; script-src 'sha256-{known}'" * sorts
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'; img-src data:"
+    policy += f"; script-src 'sha256-{known}'" * sorts
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"/>'
@@ -86,6 +88,14 @@ def page(title: str, parts: Sequence[str]) -> str:
         + f"\n<script>{SORT}</script>" * sorts
         + "\n</body></html>\n"
     )
+
+
+def write_page(file: Path, title: str, parts: Sequence[str]) -> Path:
+    """Write a page, whole or not at all, through no link; returns its path."""
+    fresh = file.with_name(f".{file.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.write_text(page(title, parts), encoding="utf-8")
+    return fresh.replace(file)
 
 
 def html(text: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alignkit.observe.page import Html, contents, folded, heading, html, link, page, paragraph, pictures, table
+from alignkit.observe.page import Html, contents, folded, heading, html, link, paragraph, pictures, table, write_page
 from alignkit.observe.progress import duration
 from alignkit.observe.reward_page import figures_of, pictures_of
 from alignkit.observe.run_folder import RunFolder, StageFolder, is_number, read_folder
@@ -62,10 +62,7 @@ def write_run_report(folder: Path, error: str | None = None, changes: Sequence[C
         parts.append(paragraph(f"This run did not reach its end: {error}", alarm=True))
     parts.append(contents(anchors))
     parts += [heading(title, anchor) + content for (title, anchor), (_, content) in zip(anchors, made)]
-    file, fresh = folder / REPORT, folder / f".{REPORT}.new"
-    fresh.write_text(page(f"{folder.absolute().name}: alignkit {run.recipe}", parts), encoding="utf-8")
-    fresh.replace(file)
-    return file
+    return write_page(folder / REPORT, f"{folder.absolute().name}: alignkit {run.recipe}", parts)
 
 
 def _guarded(make: Callable[[], str]) -> str:

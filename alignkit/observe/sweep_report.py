@@ -16,11 +16,11 @@ from alignkit.observe.page import (
     heading,
     html,
     link,
-    page,
     paragraph,
     pictures,
     sorted_table,
     wide_picture,
+    write_page,
 )
 from alignkit.observe.plot import Series, line_chart
 from alignkit.observe.progress import duration
@@ -49,10 +49,7 @@ def write_sweep_report(folder: Path) -> Path:
     parts = [_opening(board), contents([(title, anchor) for title, anchor, _ in sections])]
     parts += [heading(title, anchor) + content for title, anchor, content in sections]
     parts.append(f"<p>{link(LEADERBOARD, LEADERBOARD)} has all figures of all jobs.</p>")
-    file, fresh = folder / REPORT, folder / f".{REPORT}.new"
-    fresh.write_text(page(f"{board['name']}: sweep of alignkit {board['recipe']}", parts), encoding="utf-8")
-    fresh.replace(file)
-    return file
+    return write_page(folder / REPORT, f"{board['name']}: sweep of alignkit {board['recipe']}", parts)
 
 
 def _opening(board: Mapping[str, Any]) -> str:

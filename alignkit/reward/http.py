@@ -17,7 +17,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from alignkit.runtime.sharding import Cluster
 
 Answer = TypeVar("Answer")
+LARGEST = 64 * 2**20  # bytes of an answer
 
 
 @settings
@@ -53,10 +54,10 @@ class Http:
 
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.url or "")
+        if parts.username is not None or parts.password is not None:  # first, as the next line shows the address
+            raise ValueError("url holds a user or a password: leave it out, and name a variable in token_env")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:  # port: or it raises
             raise ValueError(f"url={self.url or 'null'}: expected http://HOST:PORT/PATH or https://...")
-        if parts.username is not None or parts.password is not None:
-            raise ValueError("url holds a user or a password: leave it out, and name a variable in token_env")
         if self.token_env is not None and not os.environ.get(self.token_env, "").strip():
             raise ValueError(f"token_env={self.token_env}: the environment has no such variable")
 
@@ -86,7 +87,7 @@ class Endpoint:
     """Posts JSON and reads the answer. timeout, backoff in seconds; retries: further attempts."""
 
     url: str
-    headers: Mapping[str, str]
+    headers: Mapping[str, str] = field(repr=False)
     timeout: float
     retries: int
     backoff: float
@@ -103,9 +104,16 @@ class Endpoint:
                 return read(self._post(body))
             except _Later as error:
                 if attempt == self.retries:
-                    raise Unscored(f"{error}" + f" ({attempt + 1} attempts)" * (attempt > 0)) from None
+                    raise self._told(f"{error}" + f" ({attempt + 1} attempts)" * (attempt > 0)) from None
+            except Unscored as error:
+                raise self._told(str(error)) from None
             time.sleep(self.backoff * 2**attempt)
         raise AssertionError("unreachable")
+
+    def _told(self, words: str) -> Unscored:
+        """What the endpoint said without the token, should it say it back, and without what controls a terminal."""
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        return Unscored("".join(c if c.isprintable() else " " for c in words.replace(token or "\0", "***")))
 
     def _post(self, body: bytes) -> bytes:
         request = urllib.request.Request(self.url, body, dict(self.headers), method="POST")
@@ -125,9 +133,12 @@ class Endpoint:
 
 def _read(reply: http.client.HTTPResponse, end: float) -> bytes:
     """The whole body; a timeout of the socket alone would let an endpoint send a byte now and then for ever."""
-    parts = []
+    parts, size = [], 0
     while part := reply.read1(1 << 16):
         parts.append(part)
+        size += len(part)
+        if size > LARGEST:
+            raise Unscored(f"answered more than {LARGEST >> 20} MiB")
         if time.monotonic() > end:
             raise TimeoutError
     return b"".join(parts)

@@ -24,6 +24,7 @@ from typing import Any
 from alignkit.errors import UserError
 from alignkit.models.settings import adapter_facts
 from alignkit.models.sound import refuse_broken_files
+from alignkit.runtime.trust import refuse_links
 
 SECTIONS = {
     "sft": ("model", "peft", "data", "sft"),
@@ -173,7 +174,7 @@ class Store:
     def locked(self, stage: str, digest: str) -> Iterator[None]:
         """Hold the product's lock: a second run that wants the same product waits here, then reuses it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{stage}-{digest}.lock").open("w") as lock:
+        with (self.folder / f"{stage}-{digest}.lock").open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -198,6 +199,7 @@ class Store:
         `anew`; else an empty one, and what was left there is kept beside it."""
         partial = self.partial(stage, digest)
         if not anew and any(partial.glob("state/checkpoint-*/sealed.json")):
+            refuse_links(partial)
             for left in ("result.json", "stop"):
                 (partial / left).unlink(missing_ok=True)
             return partial
@@ -270,7 +272,8 @@ def write_json(file: Path, content: Any) -> None:
 def write_whole(file: Path, text: str) -> None:
     """Write the text beside the file, wait until the disk has it, and move it into place."""
     fresh = file.with_name(f".{file.name}.new")
-    with fresh.open("w", encoding="utf-8") as stream:
+    fresh.unlink(missing_ok=True)  # it might be a link
+    with fresh.open("x", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from alignkit.errors import UserError
 from alignkit.runtime.artifact import damaged_files, file_facts
+from alignkit.runtime.checkpoint_reader import Reader
 from alignkit.runtime.config import leaves
 from alignkit.runtime.random_state import random_state, set_random_state
 from alignkit.runtime.seal import SEAL, read_seal, write_seal
@@ -141,8 +142,8 @@ class Checkpoints:
         return found[0], facts
 
     def load(self, place: Path, tensors: dict[str, Any]) -> None:
-        """Read a checkpoint into these tensors, whatever the number of ranks that wrote it."""
-        dcp.load(tensors, checkpoint_id=place, process_group=self._group)
+        """Read a checkpoint into these tensors, whatever the number of ranks that wrote it. Raises UserError."""
+        dcp.load(tensors, storage_reader=Reader(place), process_group=self._group)
 
     def _find(self) -> Path | str | None:
         """On rank 0: the newest sound checkpoint, or why there is none to be used."""

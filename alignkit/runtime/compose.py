@@ -51,7 +51,6 @@ def compose_and_call(
     after a signal (codes from 128 on).
     Of jobs in other processes (also submitit's) the first that failed is raised as JobFailed once all have ended.
     """
-    sys.path.insert(0, os.getcwd())  # for the user's own strategies, as `python -m` would
     full = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
     codes: list[int] = []

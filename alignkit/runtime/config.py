@@ -9,6 +9,8 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import os
+import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -241,11 +243,19 @@ def _unfit(cls: type, group: str) -> str:
 def _code(path: str, target: str, trusted: list[str], faults: list[str]) -> Any:
     """What module.name stands for, if its module may be run; faults are added to the list and None comes back."""
     module, _, name = target.rpartition(".")
-    if module.split(".")[0] != "alignkit" and not any(module == t or module.startswith(f"{t}.") for t in trusted):
+    ours = module.split(".")[0] == "alignkit"
+    if not ours and not any(module == t or module.startswith(f"{t}.") for t in trusted):
         faults.append(f"{path}: '{target}' runs code outside alignkit; allow it with 'trusted=[{module}]'")
         return None
+    if not ours and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for the user's own modules; last, so that they stand for no installed one
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
+        if not ours or getattr(found, "__module__", "").split(".")[0] == "alignkit":
+            return found
+        faults.append(
+            f"{path}: '{target}' is not of alignkit, which only makes use of it; name the module that it is of"
+        )
     except (ImportError, AttributeError) as error:
         faults.append(f"{path}: '{target}' cannot be imported: {error}")
     except Exception as error:  # the user's module has a fault: say where

@@ -10,6 +10,7 @@ from alignkit.runtime.compose import read_option
 from alignkit.runtime.config import conf_dir, with_changes
 from alignkit.runtime.recipe import report, run_job
 from alignkit.runtime.resume import parsed, read_run
+from alignkit.runtime.trust import require_trust
 
 FREE = ("evaluate", "judge", "rollout", "sharding", "tracking", "launch", "trusted", "force")
 
@@ -22,6 +23,7 @@ def evaluate(words: list[str], recipes: Mapping[str, Path]) -> int:
             raise UserError("evaluate: which run? give its folder, for example alignkit evaluate runs/NAME judge=gold")
         _, raw = read_run(words[:1], recipes, "evaluate")
         raw = with_words(raw, words[1:])
+        require_trust({**raw, "model": {}}, words, "evaluate")  # which SFT alone starts from
     except UserError as error:
         return report(str(error), 2)
     chain = runpy.run_path(str(recipes["evaluate"]), run_name="alignkit.recipe")["main"].chain
@@ -33,8 +35,9 @@ def with_words(raw: dict[str, Any], words: list[str]) -> dict[str, Any]:
     UserError for a key that is not there, or one of a stage that is made already."""
     groups = [word for word in words if "=" in word and (conf_dir() / word.partition("=")[0]).is_dir()]
     for word in words:
-        section = word.lstrip("+").partition("=")[0].partition(".")[0]
-        if section not in FREE and (section in raw or (conf_dir() / section).is_dir()):
+        key = word.lstrip("+").partition("=")[0]
+        section, free = key.partition(".")[0], key.endswith(".token_env")
+        if section not in FREE and not free and (section in raw or (conf_dir() / section).is_dir()):
             raise UserError(f"evaluate: {word} belongs to what the run has made already; free are {', '.join(FREE)}")
     options = (word.split("=", 1) for word in groups)
     raw = with_changes(raw, {group: read_option(group, name) for group, name in options})

@@ -193,9 +193,10 @@ def worker_environment(launch: LaunchSettings, num_parameters: int | None) -> di
         if name not in outer and not name.startswith(("TORCHELASTIC_", "PET_"))
     }
     environment["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).resolve().parents[2]), os.getcwd(), os.environ.get("PYTHONPATH", "")]
+        [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     ).rstrip(os.pathsep)
     environment.update(
+        PYTHONSAFEPATH="1",  # a file that lies about in the working folder stands for no installed module
         OMP_NUM_THREADS=str(threads),
         TOKENIZERS_PARALLELISM="false",
         LOGLEVEL="CRITICAL",  # of torch.distributed.run, whose report on a failed rank is replaced by ours

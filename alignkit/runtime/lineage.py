@@ -48,7 +48,11 @@ def _git() -> dict[str, Any]:
 def _ask_git(*words: str) -> str:
     try:
         asked = subprocess.run(
-            ["git", *words], capture_output=True, text=True, timeout=GIT_SECONDS, stdin=subprocess.DEVNULL
+            ["git", "-c", "core.fsmonitor=false", *words],
+            capture_output=True,
+            text=True,
+            timeout=GIT_SECONDS,
+            stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -102,7 +102,7 @@ def _read(path: str, key: str, config: RunConfig) -> Source:
 
 def _load(path: str | Path, name: str, **options: Any) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(str(path), **options)
+        return AutoConfig.from_pretrained(str(path), **{"trust_remote_code": False, **options})
     except (OSError, ValueError, KeyError) as error:
         reason = first_line(error).rstrip(".")
         raise UserError(f"{name}: no model's config could be read there: {reason}") from None

@@ -14,6 +14,7 @@ from alignkit.errors import StageFailed, TrainingError, UserError, on_one_line
 from alignkit.models.settings import refuse_in_ppo, refuse_thin_chain
 from alignkit.observe.closing import as_typed, closing_words
 from alignkit.observe.leaderboard import check_objective
+from alignkit.observe.secrets import without_secrets
 from alignkit.observe.wandb_mode import decide_mode
 from alignkit.runtime.check import Checked, lines, preflight, refuse
 from alignkit.runtime.config import RunConfig, conf_dir, load
@@ -25,6 +26,7 @@ from alignkit.runtime.report_run import report_at_end
 from alignkit.runtime.rules import TRAINS
 from alignkit.runtime.run import Purpose, Run
 from alignkit.runtime.signals import Stopped, hand_on, raise_stopped, signals_to
+from alignkit.runtime.trust import words_of_trust
 
 
 def recipe(name: str) -> Callable[[Callable[[Run], None]], Callable[[], None]]:
@@ -115,6 +117,7 @@ def run_job(name: str, chain: Callable[[Run], None], raw: dict[str, Any], purpos
     except KeyboardInterrupt:  # launch=inline
         code, words = 130, f"stopped by SIGINT{_what_is_left(run, 'finished stages are kept')}"
     finally:
+        words = without_secrets(words)
         team.close(code, words)
         told = _report(run, words)
     if code:
@@ -192,12 +195,13 @@ def _what_is_left(run: Run | None, saved: str) -> str:
         return " before anything was begun"
     if run.purpose == "extend":
         return ": the run is as it was; the same command begins again"
-    return f": {saved}; `alignkit resume {shlex.quote(as_typed(run.folder))}` goes on"
+    words = shlex.join([as_typed(run.folder), *words_of_trust(run.raw)])
+    return f": {saved}; `alignkit resume {words}` goes on"
 
 
 def report(message: str, code: int) -> int:
     """Print `error: ...`: each line of a list of mistakes, or a failure with what belongs to it indented."""
-    first, *rest = message.splitlines() or ["failed"]
+    first, *rest = without_secrets(message).splitlines() or ["failed"]
     print(f"error: {on_one_line(first)}", file=sys.stderr)
     for line in map(on_one_line, rest):
         print(f"error: {line}" if code == 2 else f"  {line}", file=sys.stderr)

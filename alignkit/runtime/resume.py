@@ -14,6 +14,7 @@ import yaml
 from alignkit.errors import UserError
 from alignkit.runtime.artifact import SECTIONS, STUDIES, stage_digest
 from alignkit.runtime.recipe import report, run_job
+from alignkit.runtime.trust import refuse_links, require_trust
 
 HEADER = "# alignkit "  # the first line of a run's config.yaml, with the recipe's name
 OF_THE_RUN = ("name", "runs_dir", "force")  # say which run it is, not how it goes on
@@ -24,6 +25,7 @@ def resume(words: list[str], recipes: Mapping[str, Path]) -> int:
     launch.processes=2. Returns the exit code."""
     try:
         recipe, raw = read_run(words, recipes)
+        require_trust(raw, words)
     except UserError as error:
         return report(str(error), 2)
     chain = runpy.run_path(str(recipes[recipe]), run_name="alignkit.recipe")["main"].chain
@@ -52,6 +54,7 @@ def read_run(words: list[str], recipes: Mapping[str, Path], verb: str = "resume"
     needed = {"seed", "compute_dtype"}.union(*SECTIONS.values()) - set(STUDIES)
     if not isinstance(raw, dict) or not needed <= raw.keys():
         raise UserError(f"{verb}: {file} does not hold all settings any more; {again}")
+    refuse_links(folder, folder.parent / ".store")
     runs = os.path.relpath(folder.parent)
     raw |= {"name": folder.name, "runs_dir": str(folder.parent) if runs.startswith("..") else runs, "force": False}
     return recipe, changed(raw, words[1:])

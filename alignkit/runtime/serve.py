@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import hmac
+import ipaddress
 import json
 import math
+import os
 import shlex
+import socket
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,7 +26,8 @@ from alignkit.reward.model import units
 from alignkit.runtime.artifact import open_artifact
 from alignkit.runtime.recipe import report
 
-LARGEST = 256 * 2**20  # bytes of a request
+LARGEST = 32 * 2**20  # bytes of a request
+SECONDS = 30.0  # until a request has to be here, and for an answer to be taken
 Scorer = Callable[[list[Prompt], list[str], list[bool]], list[float]]
 
 
@@ -30,7 +35,8 @@ def serve_command(words: list[str]) -> int:
     """Serve until Ctrl-C. Returns the exit code: 0, or 2 after a mistake."""
     parser = argparse.ArgumentParser("alignkit serve-reward", description="Serve a reward model over HTTP.")
     parser.add_argument("folder", help="a finished reward_model stage, or a classifier of one output")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: from everywhere")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; beyond this machine --token-env too")
+    parser.add_argument("--token-env", metavar="NAME", help="environment variable with the token that requests bring")
     parser.add_argument("--port", type=int, default=8321, help="0: any that is free")
     parser.add_argument("--normalise", default="none", choices=("none", "shift", "shift_scale", "temperature"))
     parser.add_argument("--batch", type=int, default=32, help="rows of a forward pass: memory only, not the result")
@@ -38,24 +44,43 @@ def serve_command(words: list[str]) -> int:
     try:
         if options.batch < 1:
             raise UserError(f"--batch {options.batch}: expected at least 1")
-        server = open_server(options.folder, options.host, options.port, options.normalise, options.batch)
+        token = token_of(options.host, options.token_env)
+        server = open_server(options.folder, options.host, options.port, options.normalise, options.batch, token)
     except UserError as error:
         return report(str(error), 2)
     host, port = map(str, server.server_address[:2])
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/score"
+    named = f" reward.token_env={options.token_env}" if token else ""
     print(f"serving {shlex.quote(options.folder)} at {url}; Ctrl-C ends it\n\n"
-          f"  alignkit ppo policy=FOLDER reward=http reward.url={url}\n", flush=True)  # fmt: skip
+          f"  alignkit ppo policy=FOLDER reward=http reward.url={url}{named}\n", flush=True)  # fmt: skip
     with server, suppress(KeyboardInterrupt):
         server.serve_forever()
     print("serve-reward: ended")
     return 0
 
 
-def open_server(folder: str, host: str, port: int, normalise: str, batch: int) -> ThreadingHTTPServer:
-    """A server that listens and has its model. Raises UserError."""
+def token_of(host: str, variable: str | None) -> str:
+    """The token that requests must bring, "" for none. Raises UserError for a host beyond this machine without one."""
+    token = os.environ.get(variable, "").strip() if variable else ""
+    if variable and not token:
+        raise UserError(f"--token-env {variable}: the environment has no such variable")
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    if not (local or token):
+        raise UserError(
+            f"--host {host}: other machines could ask too, so a token is needed: put one into the environment, as in "
+            "export REWARD_TOKEN=$(openssl rand -hex 16), and add --token-env REWARD_TOKEN; PPO has reward.token_env"
+        )
+    return token
+
+
+def open_server(folder: str, host: str, port: int, normalise: str, batch: int, token: str = "") -> ThreadingHTTPServer:
+    """A server that listens and has its model; token: see `token_of`. Raises UserError."""
     score = load_scorer_of_texts(open_artifact(folder, ("reward_model",)).path, normalise, batch)
     try:
-        return ThreadingHTTPServer((host, port), partial(Handler, Service(score, folder, threading.Lock())))
+        return ThreadingHTTPServer((host, port), partial(Handler, Service(score, folder, threading.Lock(), token)))
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--host {host} --port {port}: cannot listen there: {reason}") from None
@@ -119,11 +144,12 @@ def _is_prompt(row: Any) -> bool:
 
 @dataclass(frozen=True)
 class Service:
-    """One model that many requests share: they are scored one after the other."""
+    """One model that many requests share: they are scored one after the other. token: that each must bring, or ""."""
 
     score: Scorer
     folder: str
     lock: Any
+    token: str = field(repr=False)
 
     def answer(self, body: bytes) -> tuple[int, Any]:
         """Status, and what to send: scores (null where one is not finite), or why there are none."""
@@ -135,16 +161,45 @@ class Service:
             return 400, str(error)
         except Exception as error:
             print(f"serve-reward: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            return 500, f"{type(error).__name__}: {error}".splitlines()[0]
+            return 500, f"{type(error).__name__}: the terminal of serve-reward says more"
         return 200, {"scores": [score if math.isfinite(score) else None for score in scores]}
 
 
 class Handler(BaseHTTPRequestHandler):
-    """POST /score and GET /health."""
+    """POST /score and GET /health. Who sends his request a byte now and then is not waited for."""
+
+    server_version, sys_version = "alignkit", ""
 
     def __init__(self, service: Service, *arguments: Any) -> None:
         self.service = service
         super().__init__(*arguments)
+
+    def setup(self) -> None:
+        """The time that a request has begins."""
+        self.timeout = 2 * SECONDS  # of the socket: for who does not take the answer
+        super().setup()
+        self.reading = threading.Timer(SECONDS, self._stop_reading)
+        self.reading.daemon = True
+        self.reading.start()
+
+    def finish(self) -> None:
+        """It ends."""
+        self.reading.cancel()
+        super().finish()
+
+    def _stop_reading(self) -> None:
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RD)
+
+    def parse_request(self) -> bool:
+        """Whether there is a request to answer; one without the token is refused here."""
+        if not super().parse_request():
+            return False
+        given, token = self.headers.get("Authorization", ""), self.service.token
+        known = not token or hmac.compare_digest(given.encode("utf-8", "replace"), f"Bearer {token}".encode())
+        if not known:
+            self._send(401, "expected the header Authorization: Bearer TOKEN with the token of this server")
+        return known
 
     def do_GET(self) -> None:
         """{"status": "ok"} at /health."""
@@ -158,10 +213,15 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if self.path not in ("/", "/score"):
             self._send(404, "scores are at /score")
-        elif not length.isdecimal() or int(length) > LARGEST:
-            self._send(400, f"expected Content-Length, at most {LARGEST} bytes: send fewer rows at a time")
+        elif not length.isdecimal():
+            self._send(411, "expected the header Content-Length")
+        elif len(length) > 12 or int(length) > LARGEST:
+            self._send(413, f"expected at most {LARGEST} bytes: send fewer rows at a time")
         else:
-            self._send(*self.service.answer(self.rfile.read(int(length))))
+            body = self.rfile.read(int(length))
+            self.reading.cancel()
+            whole = len(body) == int(length)
+            self._send(*self.service.answer(body) if whole else (408, f"expected {length} bytes within {SECONDS:g} s"))
 
     def _send(self, status: int, content: Any) -> None:
         kind = "text/plain; charset=utf-8" if isinstance(content, str) else "application/json"

@@ -185,7 +185,7 @@ class Sweep:
         process = subprocess.Popen(
             command(self.folder / f"{job.number}.yaml"),
             env={
-                **os.environ, **slot, "PYTHONPATH": path, "ALIGNKIT_PARENT": str(os.getpid()),
+                **os.environ, **slot, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "ALIGNKIT_PARENT": str(os.getpid()),
                 "ALIGNKIT_COMMAND": shlex.join(self.typed), "ALIGNKIT_SWEEP": self.name,
             },
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,

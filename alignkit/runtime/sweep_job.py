@@ -19,7 +19,6 @@ def main() -> None:
     """Run the job whose settings the file holds, and exit as it does."""
     die_with_parent(signal.SIGTERM)
     take_cores()
-    sys.path.insert(0, os.getcwd())  # for the user's own strategies
     text = Path(sys.argv[1]).read_text("utf-8")
     sys.argv = shlex.split(os.environ.get("ALIGNKIT_COMMAND", "alignkit"))  # what lineage.json says was typed
     recipe = text.partition("\n")[0].removeprefix("# alignkit ")

@@ -66,7 +66,7 @@ def sync(folder: Path) -> Iterator[str]:
 
 def send(parts: list[Path]) -> bool:
     """Run `wandb sync` on offline runs, in the order in which they were begun; those that are there already stay."""
-    command = [sys.executable, "-m", "wandb", "sync", "--yes", "--skip-synced", *map(str, parts)]
+    command = [sys.executable, "-P", "-m", "wandb", "sync", "--yes", "--skip-synced", *map(str, parts)]
     return subprocess.run(command, stdin=subprocess.DEVNULL).returncode == 0
 
 

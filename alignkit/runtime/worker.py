@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from alignkit.errors import Interrupted, NotFinite, TrainingError, UserError
+from alignkit.observe.secrets import without_secrets
 from alignkit.runtime.artifact import write_json
 from alignkit.runtime.config import RunConfig, load
 from alignkit.runtime.failure import of_a_full_disk
@@ -41,8 +42,9 @@ def main() -> None:
         kinds: dict[type, str] = {UserError: "user", TrainingError: "training", NotFinite: "training"}
         full = of_a_full_disk(error)
         kind = "training" if full else kinds.get(type(error), "crash")
-        text = traceback.format_exc()
+        text = without_secrets(traceback.format_exc())
         message = full or (str(error) if kind != "crash" else f"{type(error).__name__}: {error}".splitlines()[0])
+        message = without_secrets(message)
         report = {"rank": rank, "kind": kind, "message": message, "traceback": text, "time": time.time()}
         try:
             write_json(logs / f"rank{rank}.error.json", report)

@@ -73,9 +73,14 @@ def make_trainer(options: argparse.Namespace) -> PPOTrainer:
     """Four models and a trainer that makes `batch` sequences an update and one optimizer step an epoch."""
     dtype = getattr(torch, options.dtype)
     tokenizer = AutoTokenizer.from_pretrained(options.policy, padding_side="left")
-    policy, reference = (AutoModelForCausalLM.from_pretrained(options.policy, dtype=dtype) for _ in range(2))
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(options.policy, dtype=dtype, use_safetensors=True) for _ in range(2)
+    )
     reward, value = (
-        AutoModelForSequenceClassification.from_pretrained(options.reward, num_labels=1, dtype=dtype) for _ in range(2)
+        AutoModelForSequenceClassification.from_pretrained(
+            options.reward, num_labels=1, dtype=dtype, use_safetensors=True
+        )
+        for _ in range(2)
     )
     if options.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
