@@ -1,5 +1,6 @@
-"""What the tests of security share: pickles whose unpickling leaves a file, so that a test can see that none was run."""
+"""What the tests of security share: pickles and models that leave a file where something of them is run."""
 
+import json
 import pickle
 from pathlib import Path
 
@@ -26,8 +27,6 @@ def works(folder: Path) -> None:
 
 def remote(folder: Path, mark: Path) -> None:
     """Give a model folder code of its own, which makes the file `mark` when it is imported."""
-    import json
-
     names = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M", "AutoModelForSequenceClassification": "own.M"}
     (folder / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass C: pass\nclass M: pass\nclass T: pass\n")
     for file, changes in {

@@ -89,10 +89,11 @@ def test_trust_is_of_whole_names(settings, here, trusted):
 
 
 def test_a_target_of_hydras_own_that_runs_anything_is_refused_by_hydra(monkeypatch, capsys):
-    words = ["alignkit", "sft", "+hydra.callbacks.x._target_=os.system", "+hydra.callbacks.x.command=touch ran"]
+    words = ["alignkit", "sft", "+hydra.callbacks.x._target_=os.system", "+hydra.callbacks.x.command='touch ran'"]
     monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(Exception, match="os.system.*blocklisted"):
+    with pytest.raises(SystemExit):
         cli.main()
+    assert "Target 'os.system' is blocklisted" in capsys.readouterr().err
     assert not Path("ran").exists()
 
 
@@ -279,15 +280,15 @@ def test_a_data_set_that_is_a_program_is_not_run(here):
 def test_a_small_file_that_expands_without_an_end_is_refused(here, monkeypatch):
     import gzip
 
-    monkeypatch.setattr(files, "LONGEST_LINE", 1 << 16)
-    for content, said in ((b"0" * (1 << 17), "a longer one"), (b"{}\n" * (1 << 20), "200 times the file's size")):
+    monkeypatch.setattr(files, "LONGEST_LINE", 1 << 12)
+    for content, said in ((b"0" * (1 << 13), "a longer one"), (b"{}\n" * (1 << 16), "200 times the file's size")):
         Path("bomb.jsonl.gz").write_bytes(gzip.compress(content))
         Path("bomb.json.gz").write_bytes(gzip.compress(b"[" + content))
         for name in ("bomb.jsonl.gz", "bomb.json.gz"):
             with pytest.raises(UserError, match=f"expected lines of less than 0 MiB, got {said}"):
                 list(files.read_rows(name))
-    Path("sound.jsonl").write_bytes(b"{}\n" * (1 << 20))
-    assert sum(1 for _ in files.read_rows("sound.jsonl")) == 1 << 20, "what is not packed is not counted"
+    Path("sound.jsonl").write_bytes(b"{}\n" * (1 << 16))
+    assert sum(1 for _ in files.read_rows("sound.jsonl")) == 1 << 16, "what is not packed is not counted"
 
 
 def test_an_archive_with_a_huge_member_is_refused_and_none_is_unpacked(here, monkeypatch):

@@ -81,7 +81,9 @@ def test_it_listens_on_this_machine_alone_unless_told_otherwise(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "127.evil.org", "localhost.evil.org", "::ffff:8.8.8.8"])
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "", "10.0.0.1", "127.evil.org", "localhost.evil.org", "::ffff:8.8.8.8"]
+)
 def test_beyond_this_machine_it_does_not_listen_without_a_token(monkeypatch, capsys, host):
     assert command(monkeypatch, "--host", host) == []
     (line,) = capsys.readouterr().err.splitlines()
@@ -132,7 +134,7 @@ def test_who_sends_a_byte_now_and_then_is_not_waited_for(open_it, monkeypatch):
     port, began = open_it(), time.monotonic()
     head = b"POST /score HTTP/1.0\r\nContent-Length: 100\r\n\r\n"
     assert raw(port, head, b" ", b" ", pause=0.08).startswith(b"HTTP/1.0 408 ")
-    assert raw(port, b"POST /sc") == b"", "nor who does not end his head"
+    assert b"Bad request" in raw(port, b"POST /sc"), "nor who does not end his head"
     assert raw(port) == b"", "nor who says nothing"
     assert time.monotonic() - began < 5.0
 
