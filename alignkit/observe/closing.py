@@ -92,5 +92,5 @@ def table(summary: dict[str, Any]) -> list[str]:
 
 
 def _one_line(text: str, width: int = 200) -> str:
-    text = " ".join(text.split())
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())  # no escape codes for the terminal
     return text if len(text) <= width else text[: width - 3] + "..."

@@ -6,6 +6,7 @@ disk is full leaves the others waiting. So weights and optimizer go the way of P
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -50,6 +51,9 @@ class CheckpointCallback(TrainerCallback):
             self._start_epoch()
         else:
             self.order = torch.frombuffer(bytearray.fromhex(facts["order"]), dtype=torch.uint8)
+        if self.cluster.is_main:
+            shutil.rmtree(folder, ignore_errors=True)  # the trainer would read whatever else lies there, pickles too
+        self.cluster.barrier()
         folder.mkdir(parents=True, exist_ok=True)
         self.trainer._save_rng_state(str(folder))  # as `newest` has just set them; it sets them again at the right time
         if self.cluster.is_main:

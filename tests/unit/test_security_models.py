@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from checkpoint_world import open_checkpoints
 from evil_world import Evil, remote, works
 from torch.distributed.checkpoint import filesystem, metadata
+from transformers import Trainer
 
 from alignkit.errors import UserError
 from alignkit.models.loading import load_causal, load_encoder, load_scorer, scorer_from_policy
@@ -22,6 +24,7 @@ from alignkit.runtime import plan_models
 from alignkit.runtime.artifact import file_facts
 from alignkit.runtime.random_state import random_state, set_random_state
 from alignkit.runtime.seal import read_seal, write_seal
+from alignkit.stages.trainer_checkpoint import CheckpointCallback
 
 
 @pytest.fixture
@@ -74,6 +77,29 @@ def test_other_pickles_in_a_model_folder_are_not_looked_at(sound, tmp_path, mark
         torch.save(Evil(mark), folder / name)
     load_causal(folder)
     load_encoder(folder)
+    assert not mark.exists()
+
+
+def test_what_lies_in_the_folder_that_a_trainer_goes_on_from_is_not_read(tmp_path, mark):
+    """`state/resumed` of a run that was handed on: Hugging Face's Trainer would open all of these."""
+    folder = tmp_path / "resumed"
+    (folder / "optimizer_0").mkdir(parents=True)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "optimizer_0/.metadata"):
+        (folder / name).write_bytes(pickle.dumps(Evil(mark)))
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(output_dir=str(tmp_path)), _save_rng_state=lambda place: (Path(place) / "rng").touch()
+    )
+    cluster = SimpleNamespace(is_main=True, barrier=lambda: None)
+    facts = {"trainer": {"epoch": 0.5}, "order": "00"}
+    checkpoints = SimpleNamespace(newest=lambda: (tmp_path, facts), stage="sft")
+    assert CheckpointCallback(trainer, cluster, checkpoints, None).find() == str(folder)
+    assert {file.name for file in folder.iterdir()} == {"rng", "trainer_state.json"}
+
+
+def test_the_trainer_reads_the_state_of_generators_as_data(tmp_path, mark):
+    torch.save(Evil(mark), tmp_path / "rng_state.pth")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        Trainer._load_rng_state(SimpleNamespace(args=SimpleNamespace(world_size=1)), str(tmp_path))
     assert not mark.exists()
 
 

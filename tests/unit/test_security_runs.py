@@ -15,7 +15,7 @@ from stub_stage import composed
 from alignkit import cli
 from alignkit.data import files, prepare
 from alignkit.errors import UserError
-from alignkit.observe.leaderboard import leaderboard_words
+from alignkit.observe.closing import closing_words
 from alignkit.observe.page import page, write_page
 from alignkit.runtime import evaluate_run, lineage, resume
 from alignkit.runtime.artifact import Store, write_json
@@ -320,9 +320,13 @@ def test_a_page_may_load_send_and_run_nothing():
     }  # fmt: skip
 
 
-def test_a_leaderboard_on_the_terminal_is_plain(capsys):
-    board = {"name": "a", "recipe": "sft", "objective": ["x"], "lower_is_better": [False], "jobs": []}
-    assert "\x1b" not in "".join(leaderboard_words(board))
+def test_samples_on_the_terminal_are_text(here):
+    """A response could hold the codes by which a terminal is rewritten."""
+    row = dict.fromkeys(("prompt", "baseline", "policy"), "a\x1b]0;evil\x07\x1b[2J\rb\u202ec")
+    (here / "evaluate").mkdir()
+    write_json(here / "evaluate" / "comparison.json", [row])
+    told = closing_words({}, here, ["evaluate"])
+    assert told.replace("\n", "").isprintable() and "PPO   a ]0;evil [2J b c" in told
 
 
 def test_json_of_nan_and_depth_is_no_crash(here):
