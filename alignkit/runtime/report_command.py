@@ -19,7 +19,7 @@ def report_command(words: list[str], recipes: Mapping[str, Path]) -> int:
         print(_anew(words, recipes))
     except UserError as error:
         return report(str(error), 2)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # of leaderboard.json, say
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # of leaderboard.json, say
         return report(f"report: {error}", 1)
     return 0
 

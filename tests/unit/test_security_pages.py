@@ -53,7 +53,7 @@ def attacked(file: Path, write) -> int:
             file.write_text("\n".join(map(json.dumps, [first, *lines[1:]])), encoding="utf-8")
             try:
                 page = write()
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue
             assert elements(page) <= sound, (file, path)
             assert page.read_text("utf-8").count("<script") <= 1 and "<img" not in page.read_text("utf-8")
