@@ -129,10 +129,8 @@ def lines(file: str) -> Iterator[tuple[int, bytes]]:
             for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE), b""), start=1):
                 read += len(line)
                 if len(line) == LONGEST_LINE or read > most:
-                    what = "a longer one" if len(line) == LONGEST_LINE else f"{MOST_EXPANDED} times the file's size"
-                    raise UserError(
-                        f"{file}:{number}: expected lines of less than {LONGEST_LINE >> 20} MiB, got {what}"
-                    )
+                    limits = f"lines below {LONGEST_LINE >> 20} MiB, and {MOST_EXPANDED} times a .gz file's size in all"
+                    raise UserError(f"{file}:{number}: expected {limits}, got more")
                 if number == 1:
                     refuse_foreign(file, line)
                     line = line.removeprefix(b"\xef\xbb\xbf")

@@ -12,13 +12,16 @@ _NAMES = (
     r"(?:access|auth|api|hub|bearer|hf|wandb|github|session)[_-]token)"
 )
 SECRET_KEY = re.compile(rf"{_NAMES}|token|authorization|x-api-key", re.IGNORECASE)
-SHAPE = re.compile(  # of well-known keys
+_SHAPES = (  # of well-known keys
     r"\b(?:hf_[A-Za-z0-9]{24,}|sk-(?:(?:proj|ant|or)-[\w-]{16,}|[A-Za-z0-9]{24,})|gh[pousr]_[A-Za-z0-9]{24,}|"
     r"github_pat_\w{20,}|wandb_v1_\w{16,}|AKIA[0-9A-Z]{16})"
 )
+SHAPE = re.compile(_SHAPES)
 _VARIABLE = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE)
 _IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+@")
-_PASSED = re.compile(rf"://[^/\s@:]*:[^/\s@]+@|://\S*[?&](?:{_NAMES}|token|key|sig|x-amz-signature)=", re.IGNORECASE)
+_PASSED = re.compile(
+    rf"://[^/\s@:]*:[^/\s@]+@|://\S*[?&](?:{_NAMES}|token|key|sig|x-amz-signature)=|{_SHAPES}", re.IGNORECASE
+)
 _IN_QUERY = re.compile(rf"([?&](?:{_NAMES}|token|key|sig)=)[^\s&'\"]+", re.IGNORECASE)
 _IN_TEXT = re.compile(
     rf"\b({_NAMES}|token|authorization)(['\"]?\s*[=:]\s*['\"]?)(?:bearer\s+)?[^\s&,'\"}}\]]+", re.IGNORECASE
@@ -55,9 +58,5 @@ def secrets_in(value: Any, name: str = "") -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from secrets_in(item, name)
-    elif isinstance(value, str) and value and _is_secret(name.rpartition(".")[2], value):
+    elif isinstance(value, str) and value and (SECRET_KEY.fullmatch(name.rpartition(".")[2]) or _PASSED.search(value)):
         yield name
-
-
-def _is_secret(key: str, value: str) -> bool:
-    return bool(SECRET_KEY.fullmatch(key) or _PASSED.search(value) or SHAPE.search(value))

@@ -17,15 +17,13 @@ from torch.distributed.checkpoint import filesystem, metadata
 from alignkit.errors import UserError
 
 KNOWN = {
-    **{("torch.distributed.checkpoint.metadata", each): getattr(metadata, each) for each in (
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    )},
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    **{(module, "PosixPath"): PurePosixPath for module in ("pathlib", "pathlib._local")},  # by version of Python
-}  # fmt: skip
+    (each.__module__, each.__name__): each
+    for each in (
+        *(metadata.BytesStorageMetadata, metadata.ChunkStorageMetadata, metadata.Metadata, metadata.MetadataIndex),
+        *(metadata.StorageMeta, metadata.TensorProperties, metadata.TensorStorageMetadata, torch.Size),
+        *(metadata._MEM_FORMAT_ENCODING, filesystem._StorageInfo, torch.serialization._get_layout),
+    )
+} | {(module, "PosixPath"): PurePosixPath for module in ("pathlib", "pathlib._local")}  # by version of Python
 
 
 class _Plain(pickle.Unpickler):
@@ -45,14 +43,13 @@ class Reader(dcp.FileSystemReader):
         try:
             with (place / ".metadata").open("rb") as file:
                 self.known = _Plain(file).load()
-            kinds = {type(each) for each in self.known.state_dict_metadata.values()}
-            files = {each.relative_path for each in self.known.storage_data.values()}
+            for index, each in self.known.storage_data.items():
+                if not isinstance(self.known.state_dict_metadata[index.fqn], metadata.TensorStorageMetadata):
+                    raise ValueError(f"{index.fqn} is no tensor")
+                if Path(each.relative_path).name != each.relative_path:
+                    raise ValueError(f"{index.fqn} is not in a file of it")
         except Exception as error:  # bytes that are no pickle raise anything
             raise UserError(f"{place} is no checkpoint of alignkit and is not read: {error}") from None
-        if kinds - {metadata.TensorStorageMetadata} or any(Path(name).name != name for name in files):
-            raise UserError(
-                f"{place} is no checkpoint of alignkit and is not read: not all of it is tensors in its files"
-            )
         self.known.storage_meta = metadata.StorageMeta(load_id=self.load_id)
 
     def read_metadata(self) -> metadata.Metadata:

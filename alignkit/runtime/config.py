@@ -253,9 +253,7 @@ def _code(path: str, target: str, trusted: list[str], faults: list[str]) -> Any:
         found = getattr(importlib.import_module(module), name)
         if not ours or getattr(found, "__module__", "").split(".")[0] == "alignkit":
             return found
-        faults.append(
-            f"{path}: '{target}' is not of alignkit, which only makes use of it; name the module that it is of"
-        )
+        faults.append(f"{path}: '{target}' is not of alignkit, which only uses it; name the module that it is of")
     except (ImportError, AttributeError) as error:
         faults.append(f"{path}: '{target}' cannot be imported: {error}")
     except Exception as error:  # the user's module has a fault: say where

@@ -47,13 +47,8 @@ def _git() -> dict[str, Any]:
 
 def _ask_git(*words: str) -> str:
     try:
-        asked = subprocess.run(
-            ["git", "-c", "core.fsmonitor=false", *words],
-            capture_output=True,
-            text=True,
-            timeout=GIT_SECONDS,
-            stdin=subprocess.DEVNULL,
-        )
+        command = ["git", "-c", "core.fsmonitor=false", *words]  # which a folder of somebody else's could name
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):
         return ""
     return asked.stdout.strip() if asked.returncode == 0 else ""

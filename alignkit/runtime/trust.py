@@ -18,8 +18,7 @@ def words_of_trust(raw: Mapping[str, Any], prefix: str = "") -> list[str]:
         if isinstance(value, Mapping):
             words += words_of_trust(value, f"{prefix}{key}.")
         elif key in TRUST and value:
-            text = f"[{','.join(value)}]" if isinstance(value, list) else str(value).lower() if value is True else value
-            words.append(f"{prefix}{key}={text}")
+            words.append(f"{prefix}{key}=" + (f"[{','.join(value)}]" if isinstance(value, list) else str(value)))
     return words
 
 

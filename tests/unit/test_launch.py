@@ -410,11 +410,12 @@ def test_what_an_outer_torchrun_said_is_forgotten(monkeypatch):
     assert environment["MY_VARIABLE"] == "kept"
 
 
-def test_ranks_find_this_alignkit_first_and_then_the_users_modules(monkeypatch, tmp_path):
+def test_ranks_find_this_alignkit_first_and_nothing_in_the_working_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
-    paths = worker_environment(settings(), 1)["PYTHONPATH"].split(os.pathsep)
-    assert paths == [str(Path(alignkit.__file__).parents[1]), str(tmp_path), "/somewhere"]
+    environment = worker_environment(settings(), 1)
+    assert environment["PYTHONPATH"].split(os.pathsep) == [str(Path(alignkit.__file__).parents[1]), "/somewhere"]
+    assert environment["PYTHONSAFEPATH"] == "1"
 
 
 def test_a_log_on_a_full_disk_holds_nobody_up(capsys):

@@ -141,7 +141,7 @@ def test_git_is_asked_without_the_programs_that_a_working_folder_names(here):
 
 # --------------------------------------------------------------------------------------------- a run that was handed on
 
-MODEL = "model.trust_remote_code=true"
+MODEL = "model.trust_remote_code=True"
 HTTP = {"_target_": "alignkit.reward.http.Http", "url": "http://evil", "token_env": "HF_TOKEN"}
 ASKED = {  # what a run's config.yaml says -> what resume wants to hear
     "a module": ({"trusted": ["mine", "my.other"]}, ["trusted=[mine,my.other]"]),
@@ -281,11 +281,13 @@ def test_a_small_file_that_expands_without_an_end_is_refused(here, monkeypatch):
     import gzip
 
     monkeypatch.setattr(files, "LONGEST_LINE", 1 << 12)
-    for content, said in ((b"0" * (1 << 13), "a longer one"), (b"{}\n" * (1 << 16), "200 times the file's size")):
+    for content in (b"0" * (1 << 13), b"{}\n" * (1 << 16)):
         Path("bomb.jsonl.gz").write_bytes(gzip.compress(content))
         Path("bomb.json.gz").write_bytes(gzip.compress(b"[" + content))
         for name in ("bomb.jsonl.gz", "bomb.json.gz"):
-            with pytest.raises(UserError, match=f"expected lines of less than 0 MiB, got {said}"):
+            with pytest.raises(
+                UserError, match="expected lines below 0 MiB, and 200 times a .gz file's size in all, got more"
+            ):
                 list(files.read_rows(name))
     Path("sound.jsonl").write_bytes(b"{}\n" * (1 << 16))
     assert sum(1 for _ in files.read_rows("sound.jsonl")) == 1 << 16, "what is not packed is not counted"

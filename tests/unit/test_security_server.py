@@ -185,16 +185,6 @@ def test_an_endpoint_that_says_the_token_back_is_told_without_it(monkeypatch, st
     assert TOKEN not in repr(endpoint)
 
 
-def test_an_answer_without_an_end_is_given_up(monkeypatch):
-    monkeypatch.setattr("alignkit.reward.http.LARGEST", 1 << 20)
-    served = Served((200, "x" * (3 << 20)))
-    try:
-        with pytest.raises(Unscored, match="answered more than 1 MiB"):
-            Endpoint(served.url, {}, 5.0, 0, 0.0).ask({}, _scores)
-    finally:
-        served.close()
-
-
 def test_the_settings_of_those_who_ask_hold_the_name_of_the_variable_alone(monkeypatch):
     monkeypatch.setenv("MY_TOKEN", TOKEN)
     judge = ChatJudge(url="http://127.0.0.1:1", model="m", criterion="c", max_tokens=1, **USUAL)
