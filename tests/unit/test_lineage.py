@@ -222,7 +222,7 @@ def test_the_command_that_sends_is_wandbs_own(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(subprocess, "run", lambda words, **_: asked.append(words) or SimpleNamespace(returncode=0))
     assert sync.send([tmp_path / "x"])
-    assert asked == [[sys.executable, "-m", "wandb", "sync", "--yes", "--skip-synced", str(tmp_path / "x")]]
+    assert asked == [[sys.executable, "-P", "-m", "wandb", "sync", "--yes", "--skip-synced", str(tmp_path / "x")]]
 
 
 # ------------------------------------------------------------------------------------------------------ W&B's agents

@@ -126,6 +126,14 @@ def test_files_in_the_working_folder_stand_for_no_installed_module(here):
     assert not (here / "imported").exists()
 
 
+def test_the_working_folder_comes_last_and_only_with_a_module_that_is_trusted(settings, here):
+    load(settings)
+    assert str(here) not in sys.path
+    with pytest.raises(UserError, match="'mine.C' cannot be imported: No module named 'mine'"):
+        load({**settings, "kl": {"_target_": "mine.C"}, "trusted": ["mine"]})
+    assert sys.path.index(str(here)) == len(sys.path) - 1
+
+
 def test_git_is_asked_without_the_programs_that_a_working_folder_names(here):
     subprocess.run(["git", "init", "-q", "."], check=True)
     (here / "evil").write_text(f"#!/bin/sh\ntouch {here}/ran\n")
