@@ -7,11 +7,7 @@ The same code runs in the launcher and in every rank. Nothing here imports torch
 
 import dataclasses
 import difflib
-import importlib
 import inspect
-import os
-import sys
-import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +34,7 @@ from alignkit.runtime.settings import (
     OveroptimizeSettings,
     ShardingSettings,
 )
+from alignkit.runtime.trust import trusted_code
 from alignkit.stages.settings import EvaluateSettings, PPOSettings, PtxSettings, RewardModelSettings, SFTSettings
 
 SETTINGS = {
@@ -203,7 +200,7 @@ def _strategy(path: str, values: Any, trusted: list[str], faults: list[str]) -> 
         choice = f"+{group}@{path}=NAME" if nested else f"{path}=NAME"
         faults.append(f"{path}._target_: expected module.Class, got {target!r}; choose an option with {choice}")
         return None
-    cls = _code(f"{path}._target_", target, trusted, faults)
+    cls = trusted_code(f"{path}._target_", target, trusted, faults)
     if cls is None:
         return None
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
@@ -218,7 +215,7 @@ def _strategy(path: str, values: Any, trusted: list[str], faults: list[str]) -> 
         values[key] = {name: _strategy(f"{path}.{key}.{name}", part, trusted, faults) for name, part in members.items()}
     key = getattr(cls, "CODE", None)
     if isinstance(named := values.get(key), str) and "." in named.strip("."):
-        function = _code(f"{path}.{key}", named, trusted, faults)
+        function = trusted_code(f"{path}.{key}", named, trusted, faults)
         if function is not None and not callable(function):
             faults.append(f"{path}.{key}: '{named}' is not a function")
     return _section(path, cls, values, faults)
@@ -238,31 +235,6 @@ def _unfit(cls: type, group: str) -> str:
         except TypeError as error:
             return f"has {name}{signature}, which {group} calls as {call}: {error}"
     return ""
-
-
-def _code(path: str, target: str, trusted: list[str], faults: list[str]) -> Any:
-    """What module.name stands for, if its module may be run; faults are added to the list and None comes back."""
-    module, _, name = target.rpartition(".")
-    ours = module.split(".")[0] == "alignkit"
-    if not ours and not any(module == t or module.startswith(f"{t}.") for t in trusted):
-        faults.append(f"{path}: '{target}' runs code outside alignkit; allow it with 'trusted=[{module}]'")
-        return None
-    if not ours and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # for the user's own modules; last, so that they stand for no installed one
-    try:
-        found = getattr(importlib.import_module(module), name)
-        if not ours or getattr(found, "__module__", "").split(".")[0] == "alignkit":
-            return found
-        faults.append(f"{path}: '{target}' is not of alignkit, which only uses it; name the module that it is of")
-    except (ImportError, AttributeError) as error:
-        faults.append(f"{path}: '{target}' cannot be imported: {error}")
-    except Exception as error:  # the user's module has a fault: say where
-        *_, frame = traceback.extract_tb(error.__traceback__)
-        place = f"{frame.filename}, line {frame.lineno}"
-        place = f"{error.filename}, line {error.lineno}" if isinstance(error, SyntaxError) else place
-        reason = error.msg if isinstance(error, SyntaxError) else error
-        faults.append(f"{path}: '{target}' cannot be imported: {type(error).__name__}: {reason} ({place})")
-    return None
 
 
 def _fault(path: str, item: ErrorDetails, names: list[str]) -> str:

@@ -1,7 +1,10 @@
-"""A run's folder may have been packed by somebody else: what its files must not decide alone."""
+"""Whose code may run here, and what the files of a run that somebody else may have packed must not decide alone."""
 
+import importlib
 import os
 import shlex
+import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,31 @@ from typing import Any
 from alignkit.errors import UserError
 
 TRUST = ("trusted", "trust_remote_code", "token_env")  # settings by which foreign code runs, or a secret is sent
+
+
+def trusted_code(path: str, target: str, trusted: list[str], faults: list[str]) -> Any:
+    """What module.name stands for, if its module may be run; faults are added to the list and None comes back."""
+    module, _, name = target.rpartition(".")
+    ours = module.split(".")[0] == "alignkit"
+    if not ours and not any(module == t or module.startswith(f"{t}.") for t in trusted):
+        faults.append(f"{path}: '{target}' runs code outside alignkit; allow it with 'trusted=[{module}]'")
+        return None
+    if not ours and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for the user's own modules; last, so that they stand for no installed one
+    try:
+        found = getattr(importlib.import_module(module), name)
+        if not ours or getattr(found, "__module__", "").split(".")[0] == "alignkit":
+            return found
+        faults.append(f"{path}: '{target}' is not of alignkit, which only uses it; name the module that it is of")
+    except (ImportError, AttributeError) as error:
+        faults.append(f"{path}: '{target}' cannot be imported: {error}")
+    except Exception as error:  # the user's module has a fault: say where
+        *_, frame = traceback.extract_tb(error.__traceback__)
+        place = f"{frame.filename}, line {frame.lineno}"
+        place = f"{error.filename}, line {error.lineno}" if isinstance(error, SyntaxError) else place
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        faults.append(f"{path}: '{target}' cannot be imported: {type(error).__name__}: {reason} ({place})")
+    return None
 
 
 def words_of_trust(raw: Mapping[str, Any], prefix: str = "") -> list[str]:
