@@ -176,7 +176,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         """The time that a request has begins."""
-        self.timeout = 2 * SECONDS  # of the socket: for who does not take the answer
+        self.request.settimeout(2 * SECONDS)  # for who does not take the answer
         super().setup()
         self.reading = threading.Timer(SECONDS, self._stop_reading)
         self.reading.daemon = True
