@@ -10,7 +10,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from alignkit.errors import UserError
@@ -82,7 +82,7 @@ def _setting_text(key: str, recipe: str, recipes: Iterable[str]) -> str:
     told = having.get(option) or here or next(e for file in presets() if (e := read(file).entries.get(key)))
     where = f"{here.place}" if here else f"not in alignkit {recipe} unless chosen"
     lines = [f"{key} = {here.text}   {where}" if here else f"{key}   {where}", *_wrapped(told.comment)]
-    kind = takes(_annotation(key, option))
+    kind = takes(type_of(key, option))
     if kind and not all(word in told.comment for word in kind.split(" | ")):
         lines += [f"  takes: {kind}"]
     lines += _rows("keys", [(path, e.text, e.comment) for path, e in entries.items() if path.startswith(f"{key}.")])
@@ -154,12 +154,15 @@ def takes(kind: Any) -> str:
     return NAMES.get(kind, "")
 
 
-def _annotation(key: str, option: str) -> Any:
+def type_of(key: str, option: str) -> Any:
     """The type of a setting's field in the dataclass that checks it; None where it has none of its own."""
     group, _, name = key.partition(".")
     target = option_entries(group, option).get(f"{group}._target_") if option else None
-    cls = imported(target.text) if target else SETTINGS.get(group, RunConfig)
-    return next((field.type for field in fields(cls) if field.name == (name or group)), None)
+    kind = imported(target.text) if target else SETTINGS.get(group, RunConfig)
+    for part in (name or group).split("."):
+        owner = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+        kind = next((f.type for f in fields(owner) if f.name == part), None) if is_dataclass(owner) else None
+    return kind
 
 
 def _hint(key: str, recipes: Iterable[str]) -> str:

@@ -1,0 +1,114 @@
+"""What README and docs/ show is what comes out: quoted output, the plans, the user's own parts, a shorter first run."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from pages import PAGES, commands, fences, sessions
+
+import alignkit.cli
+
+SESSIONS = sorted({session for text in PAGES.values() for session in sessions(text)})
+PLANS = sorted({command for text in PAGES.values() for command in commands(text) if " plan " in command})
+ASKED = ["alignkit --help", "alignkit recipes", "alignkit explain", "alignkit rlhf --info defaults-tree"]
+EXTEND = PAGES["docs/pages/extend.md"]
+TINY = [
+    *("launch=inline", "tracking=none", "model.hidden_size=32", "sft.epochs=1", "reward_model.epochs=1", "name=mine"),
+    *("ppo.batch=16", "ppo.minibatch=8", "ppo.episodes=32", "rollout.max_response=8", "evaluate.prompts=16"),
+    *("evaluate.best_of_samples=0", "reward_model.reference_responses=64", "sft.batch=16", "reward_model.batch=16"),
+]
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """Call a command of the pages in this process, in an empty folder: (exit code, what it printed)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(command: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", shlex.split(command))
+        GlobalHydra.instance().clear()
+        code = 0
+        try:
+            alignkit.cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return call
+
+
+@pytest.mark.parametrize("command, shown", SESSIONS)
+def test_a_command_prints_what_the_page_shows(cli, command, shown):
+    assert cli(command)[1].strip() == shown.strip()
+
+
+@pytest.mark.parametrize("command", ASKED)
+def test_what_only_asks_answers(cli, command):
+    code, said = cli(command)
+    assert code == 0 and len(said.splitlines()) > 10
+    assert not Path("runs").exists()
+
+
+def test_the_parts_of_docs_extend_are_accepted(cli, own_parts):
+    (command,) = [line for line in commands(EXTEND) if "--config-dir" in line]
+    code, said = cli(f"{command} --cfg job")
+    assert code == 0, said
+    assert "_target_: my_parts.Sums" in said and "_target_: my_parts.Decaying" in said
+
+
+@pytest.fixture
+def own_parts(tmp_path, monkeypatch):
+    """The files of docs/pages/extend.md, each named by its first line, in the working folder."""
+    for body in fences(EXTEND, "python", "yaml"):
+        head, _, rest = body.partition("\n")
+        if named := re.fullmatch(r"# (\S+\.(?:py|yaml))", head):
+            file = tmp_path / named[1]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a") as out:
+                out.write(rest + "\n\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_parts", raising=False)
+    yield tmp_path
+    sys.modules.pop("my_parts", None)
+
+
+@pytest.mark.slow
+def test_the_parts_of_docs_extend_train(cli, own_parts):
+    (command,) = [line for line in commands(EXTEND) if "--config-dir" in line]
+    code, said = cli(f"{command} experiment=brief {' '.join(TINY)}")
+    assert code == 0, said
+    summary = json.loads((own_parts / "runs/mine/summary.json").read_text("utf-8"))
+    assert summary["evaluate/judge"] == "Brief" and "reward_model/eval_accuracy" not in summary
+    rows = [json.loads(line) for line in (own_parts / "runs/mine/ppo/metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [round(row["ppo/kl_coef"], 6) for row in rows] == [0.099, 0.09801]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", PLANS)
+def test_a_plan_says_what_the_page_shows(cli, command):
+    code, said = cli(command)
+    shown = [body for text in PAGES.values() for body in fences(text, "") if body.startswith(("rlhf: ", "peak: "))]
+    known = [body for body in shown if body.splitlines()[-1] in said]
+    assert code in (0, 1) and ("GiB on each GPU" in said)
+    for body in known:
+        assert [line for line in body.splitlines() if line != "..." and line not in said] == []
+    assert known or "--gpu-memory=141" not in command and "model.path=null" not in command
+
+
+@pytest.mark.slow
+def test_the_shorter_first_run_ends_with_a_trained_policy_and_is_reused(cli, tmp_path):
+    command = next(line for line in commands(PAGES["README.md"]) if "name=short" in line)
+    code, said = cli(f"{command} tracking=none")
+    assert code == 0, said
+    assert (tmp_path / "runs/short/ppo/model/model.safetensors").is_file()
+    assert json.loads((tmp_path / "runs/short/summary.json").read_text("utf-8"))["evaluate/win_rate"] > 0.5
+    code, said = cli(f"{command} tracking=none name=again")
+    assert code == 0 and said.count(": reused") == 4, said
