@@ -110,8 +110,8 @@ def _listed(names) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that may stand in a cell of a table."""
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    """Text that may stand in a cell of a table, as it is."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace(" _target_", " `_target_`")
 
 
 def _table(rows: list[tuple[str, ...]], *head: str) -> str:

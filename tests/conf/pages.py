@@ -23,7 +23,7 @@ def spans(text: str) -> list[str]:
 
 def commands(text: str) -> list[str]:
     """Every `alignkit ...` of a page that is meant to work, without its comment."""
-    lines = [line for body in fences(text, "bash") for line in body.splitlines()] + spans(text)
+    lines = [line for body in fences(text, "bash") for line in re.sub(r"\\\n *", "", body).splitlines()] + spans(text)
     return [line.split("  #")[0].strip() for line in lines if line.startswith("alignkit ")]
 
 

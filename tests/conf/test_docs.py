@@ -151,10 +151,19 @@ def test_every_message_of_troubleshooting_is_one_of_the_code():
 
 
 def test_every_option_of_trls_last_ppo_is_accounted_for():
-    """The fields of PPOConfig in TRL 1.12.0 with transformers 5.23, as dataclasses.fields lists them."""
-    names = json.loads((Path(__file__).parent / "trl_1_12_ppo_options.json").read_text())
-    assert len(names) == 145
-    assert set(names) - set(spans(PAGES["docs/pages/trl.md"])) == set()
+    """PPOConfig of TRL 1.12.0 with transformers 5.23: its fields and their defaults, as dataclasses.fields has them."""
+    theirs, page = (
+        json.loads((Path(__file__).parent / "trl_1_12_ppo_options.json").read_text()),
+        PAGES["docs/pages/trl.md"],
+    )
+    assert len(theirs) == 145
+    assert theirs.keys() - set(spans(page)) == set()
+    rows = re.findall(r"^\| `(\w+)` \| ([^|`]+) \| `([a-z_.]+)` \| ([^|]+) \|", page, re.M)
+    assert len(rows) > 12
+    ours = composed("rlhf")[0]
+    for name, default, key, our_default in rows:
+        assert str(theirs[name]) == default or "x" in default, name
+        assert ours[key].text == our_default, key
 
 
 def test_every_page_is_in_the_navigation():
