@@ -7,10 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 from pages import PAGES, commands, fences, sessions
-
-import alignkit.cli
 
 SESSIONS = sorted({session for text in PAGES.values() for session in sessions(text)})
 PLANS = sorted({command for text in PAGES.values() for command in commands(text) if " plan " in command})
@@ -25,42 +22,31 @@ TINY = [
 
 
 @pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    """Call a command of the pages in this process, in an empty folder: (exit code, what it printed)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("RANK", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
+def run(cli):
+    """A command as a page has it: (exit code, all that it printed)."""
 
     def call(command: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", shlex.split(command))
-        GlobalHydra.instance().clear()
-        code = 0
-        try:
-            alignkit.cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out + captured.err
+        code, out, err = cli(*shlex.split(command)[1:])
+        return code, out + err
 
     return call
 
 
 @pytest.mark.parametrize("command, shown", SESSIONS)
-def test_a_command_prints_what_the_page_shows(cli, command, shown):
-    assert cli(command)[1].strip() == shown.strip()
+def test_a_command_prints_what_the_page_shows(run, command, shown):
+    assert run(command)[1].strip() == shown.strip()
 
 
 @pytest.mark.parametrize("command", ASKED)
-def test_what_only_asks_answers(cli, command):
-    code, said = cli(command)
+def test_what_only_asks_answers(run, command):
+    code, said = run(command)
     assert code == 0 and len(said.splitlines()) > 10
     assert not Path("runs").exists()
 
 
-def test_the_parts_of_docs_extend_are_accepted(cli, own_parts):
+def test_the_parts_of_docs_extend_are_accepted(run, own_parts):
     for command in OWN:
-        code, said = cli(f"{command} seed=-1")  # every fault is told before anything starts: theirs would be, too
+        code, said = run(f"{command} seed=-1")  # every fault is told before anything starts: theirs would be, too
         assert (code, said) == (2, "error: seed: expected greater than or equal to 0, got -1; set it with seed=VALUE\n")
 
 
@@ -81,9 +67,9 @@ def own_parts(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_parts_of_docs_extend_train(cli, own_parts):
+def test_the_parts_of_docs_extend_train(run, own_parts):
     command = OWN[0]
-    code, said = cli(f"{command} {' '.join(TINY)}")
+    code, said = run(f"{command} {' '.join(TINY)}")
     assert code == 0, said
     summary = json.loads((own_parts / "runs/mine/summary.json").read_text("utf-8"))
     assert summary["evaluate/judge"] == "Brief" and "reward_model/eval_accuracy" not in summary
@@ -93,8 +79,8 @@ def test_the_parts_of_docs_extend_train(cli, own_parts):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", PLANS)
-def test_a_plan_says_what_the_page_shows(cli, command):
-    code, said = cli(command)
+def test_a_plan_says_what_the_page_shows(run, command):
+    code, said = run(command)
     shown = [body for text in PAGES.values() for body in fences(text, "") if body.startswith(("rlhf: ", "peak: "))]
     known = [body for body in shown if body.splitlines()[-1] in said]
     assert code in (0, 1) and ("GiB on each GPU" in said)
@@ -104,11 +90,11 @@ def test_a_plan_says_what_the_page_shows(cli, command):
 
 
 @pytest.mark.slow
-def test_the_shorter_first_run_ends_with_a_trained_policy_and_is_reused(cli, tmp_path):
+def test_the_shorter_first_run_ends_with_a_trained_policy_and_is_reused(run, tmp_path):
     command = next(line for line in commands(PAGES["README.md"]) if "name=short" in line)
-    code, said = cli(f"{command} tracking=none")
+    code, said = run(f"{command} tracking=none")
     assert code == 0, said
     assert (tmp_path / "runs/short/ppo/model/model.safetensors").is_file()
     assert json.loads((tmp_path / "runs/short/summary.json").read_text("utf-8"))["evaluate/win_rate"] > 0.5
-    code, said = cli(f"{command} tracking=none name=again")
+    code, said = run(f"{command} tracking=none name=again")
     assert code == 0 and said.count(": reused") == 4, said
