@@ -24,7 +24,7 @@ from alignkit.runtime.written import composed, groups, option_entries, options
 
 README = PAGES["README.md"]
 COMMANDS = sorted({command for text in PAGES.values() for command in commands(text)})
-QUESTIONS = ("serve-reward", "report", "sync", "recipes", "dashboard")  # verbs with tests of their own
+QUESTIONS = ("serve-reward", "report", "sync", "recipes", "dashboard", "export")  # verbs with tests of their own
 OPEN = ("sft.trainer", "reward_model.trainer", "peft.settings", "reward.members", "reward.weights", "ptx.path")
 OF_THE_READER = {"data=sums", "reward=brief", "judge=brief", "advantage=to_go", "kl=decaying", "data.largest"}
 ROOMS = "alignkit|algo|data|models|rollout|reward|stages|runtime|observe|tests|recipes|conf|docs"
@@ -51,7 +51,7 @@ def test_the_pages_have_commands():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_composes_and_passes_the_check(command):
     recipe, *words = shlex.split(command)[1:]
-    words = [word for word in words if word not in ("KEY=VALUE", "KEY", "GROUP")]
+    words = [word for word in words if word not in ("KEY=VALUE", "KEY", "GROUP", "RECIPE")]
     if recipe in ("plan", "check"):
         recipe, *words = [word for word in words if not re.fullmatch(r"--gpu-memory(=\d+)?|\d+", word)] or ["rlhf"]
     if recipe in ("resume", "evaluate"):  # further words of these change settings in the same way

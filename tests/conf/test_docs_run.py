@@ -34,7 +34,11 @@ def run(cli):
 
 @pytest.mark.parametrize("command, shown", SESSIONS)
 def test_a_command_prints_what_the_page_shows(run, command, shown):
-    assert run(command)[1].strip() == shown.strip()
+    said = run(command)[1]
+    if "..." not in shown.splitlines():
+        assert said.strip() == shown.strip()
+    lines = [" ".join(line.split()) for line in said.splitlines()]  # a column may be wider elsewhere
+    assert [line for line in shown.splitlines() if line != "..." and " ".join(line.split()) not in lines] == []
 
 
 @pytest.mark.parametrize("command", ASKED)
