@@ -166,6 +166,16 @@ def test_every_option_of_trls_last_ppo_is_accounted_for():
         assert ours[key].text == our_default, key
 
 
+def test_the_memory_of_the_experiments_is_that_of_their_files():
+    promised = {
+        file.stem: found[1]
+        for file in (conf_dir() / "experiment").iterdir()
+        if (found := re.search(r"planned peak ([\d.]+) GiB", file.read_text("utf-8")))
+    }
+    rows = re.findall(r"^\| `experiment=(\w+)` .* ([\d.]+) GiB \|$", PAGES["docs/pages/experiments.md"], re.M)
+    assert dict(rows) == promised
+
+
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "docs" / "mkdocs.yml").read_text("utf-8").partition("nav:")[2]
     named = {f"docs/pages/{path}" for path in re.findall(r": (\S+\.md)$", navigation, re.M)}
