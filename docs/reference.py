@@ -99,7 +99,7 @@ def _row(key: str, option: str, values: dict[str, str], recipe: str = "rlhf") ->
 
 def _changes(key: str, here) -> list[str]:
     """Recipes and presets that give a key another value than `alignkit rlhf` does."""
-    layers = [(f"`{f.parent.name}={f.stem}`", read(f).entries) for f in presets()]
+    layers = [(f"`{f.parent.name}={f.stem}`", composed("rlhf", f)[0] if here else read(f).entries) for f in presets()]
     layers += [(f"`alignkit {name}`", read(conf_dir() / f"{name}.yaml").entries) for name in find_recipes()]
     found = [(label, entries[key].text) for label, entries in layers if key in entries]
     return [f"{label} (`{_cell(text)}`)" for label, text in found if here is None or text != here.text]
