@@ -62,51 +62,58 @@ def main() -> None:
     if not words:
         return
     name = words[0]
-    if name == "check":
-        from alignkit.runtime.recipe import check_command
-
-        sys.exit(check_command(words[1:], recipes))
-    if name == "plan":
-        from alignkit.runtime.plan_text import plan_command
-
-        sys.exit(plan_command(words[1:], recipes))
-    if name == "resume":
-        from alignkit.runtime.resume import resume
-
-        sys.exit(resume(words[1:], recipes))
-    if name == "report":
-        from alignkit.runtime.report_command import report_command
-
-        sys.exit(report_command(words[1:], recipes))
-    if name == "evaluate":
-        from alignkit.runtime.evaluate_run import evaluate
-
-        sys.exit(evaluate(words[1:], recipes))
-    if name == "export":
-        from alignkit.runtime.export import export_command
-
-        sys.exit(export_command(words[1:], recipes))
-    if name == "serve-reward":
-        from alignkit.runtime.serve import serve_command
-
-        sys.exit(serve_command(words[1:]))
-    if name in ("explain", "recipes"):
-        from alignkit.runtime.explain import explain_command
-
-        sys.exit(explain_command(words[1:], {name: _summary(file) for name, file in recipes.items()}))
-    if name == "sync":
-        from alignkit.runtime.sync import sync_command
-
-        sys.exit(sync_command(words[1:]))
-    if name == "dashboard":
-        from alignkit.runtime.dashboard import dashboard_command
-
-        sys.exit(dashboard_command(words[1:]))
+    if (code := _verb(name, words[1:], recipes)) is not None:
+        sys.exit(code)
     if name not in recipes:
         print(f"error: no recipe '{name}'; recipes: {', '.join(recipes)} (alignkit --help)", file=sys.stderr)
         sys.exit(2)
     sys.argv = ["alignkit" if "-sc" in words else f"alignkit {name}", *words[1:]]
     runpy.run_path(str(recipes[name]), run_name="alignkit.recipe")["main"]()
+
+
+def _verb(name: str, words: list[str], recipes: dict[str, Path]) -> int | None:
+    """The exit code of a command that is no recipe; None: it is none of these. Each imports only what it needs."""
+    if name == "check":
+        from alignkit.runtime.recipe import check_command
+
+        return check_command(words, recipes)
+    if name == "plan":
+        from alignkit.runtime.plan_text import plan_command
+
+        return plan_command(words, recipes)
+    if name == "resume":
+        from alignkit.runtime.resume import resume
+
+        return resume(words, recipes)
+    if name == "report":
+        from alignkit.runtime.report_command import report_command
+
+        return report_command(words, recipes)
+    if name == "evaluate":
+        from alignkit.runtime.evaluate_run import evaluate
+
+        return evaluate(words, recipes)
+    if name == "export":
+        from alignkit.runtime.export import export_command
+
+        return export_command(words, recipes)
+    if name == "serve-reward":
+        from alignkit.runtime.serve import serve_command
+
+        return serve_command(words)
+    if name in ("explain", "recipes"):
+        from alignkit.runtime.explain import explain_command
+
+        return explain_command(words, {name: _summary(file) for name, file in recipes.items()})
+    if name == "sync":
+        from alignkit.runtime.sync import sync_command
+
+        return sync_command(words)
+    if name == "dashboard":
+        from alignkit.runtime.dashboard import dashboard_command
+
+        return dashboard_command(words)
+    return None
 
 
 def _completion(words: list[str], recipes: list[str]) -> list[str]:
