@@ -47,7 +47,16 @@ examples:
 
 def main() -> None:
     """Entry point of the console script."""
-    words = sys.argv[1:]
+    try:
+        command(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has left, as in `alignkit explain | head`: nothing to say, and nobody to hear it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def command(words: list[str]) -> None:
+    """What a line of words after `alignkit` asks for."""
     recipes = find_recipes()
     if words[:1] == ["--version"]:
         print(f"alignkit {__version__}")

@@ -156,3 +156,13 @@ def test_tab_completes_recipes_groups_and_keys(program_folder, tmp_path):
     assert {"ppo.episodes=", "ppo.epochs="} <= {word.split("=")[0] + "=" for word in keys.split()}
     assert nothing == ""
     assert ended.stderr == ""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["explain"], ["recipes"]])
+def test_a_reader_that_leaves_gets_no_traceback(words):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", "from alignkit.cli import main; main()", *words]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
