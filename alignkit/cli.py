@@ -50,7 +50,7 @@ def main() -> None:
     try:
         command(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # who reads has left, as in `alignkit explain | head`: nothing to say, and nobody to hear it
+    except BrokenPipeError:  # who reads has left, as in `alignkit explain | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 
