@@ -19,9 +19,11 @@ from alignkit.models.settings import adapter_facts
 from alignkit.models.tokenizer import end_of_turn, first_line, start_tokenizer
 from alignkit.reward.model import RewardModel, units
 from alignkit.reward.rendered import own_encoder, same_rendering
+from alignkit.runtime.artifact import open_artifact
 from alignkit.runtime.check import Finding, error, fact, warning
 from alignkit.runtime.check_machine import is_reached
 from alignkit.runtime.config import RunConfig
+from alignkit.runtime.inputs import is_place
 
 SAMPLE, MANY = 200, 0.1  # rows whose tokens are counted, and the share from which it is told that they are too long
 
@@ -65,17 +67,17 @@ def check_models(
 
 def read(key: str, path: str, starts: bool, scores: bool, config: RunConfig) -> Model:
     """Raises UserError where something is missing, cut off, or no such model."""
-    place, spec, listed = Path(path).expanduser(), config.model, None
-    if not place.exists():
+    spec, listed, here = config.model, None, is_place(path)
+    if not here:
         require_hub(path, spec.revision)
-    folder = model_folder(place) if place.exists() else path
+    folder = model_folder(open_artifact(path, whole=False).path) if here else path
     facts = adapter_facts(folder)
     options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code} if starts else {}
     try:
         found = AutoConfig.from_pretrained(str(facts["base_model_name_or_path"] if facts else folder), **options)
-    except (OSError, ValueError, KeyError) as fault:
+    except Exception as fault:  # of transformers, of the Hub, or of what checks a config's fields
         raise UserError(f"its config cannot be read: {first_line(fault)}") from None
-    shapes = headers(Path(folder)) if place.exists() else {}
+    shapes = headers(Path(folder)) if here else {}
     if scores and not facts and found.num_labels != 1:
         raise UserError(f"has {found.num_labels} labels; a reward model has one score (num_labels: 1)")
     if scores and not facts and not any({"score", "classifier"} & {*name.split(".")} for name in shapes):
@@ -100,26 +102,14 @@ def require_hub(path: str, revision: str | None) -> None:
 
 
 def headers(folder: Path) -> dict[str, list[int]]:
-    """Name -> shape of all weights, from the first bytes of their files. Raises UserError for what is missing or cut
-    off."""
-    index, files = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
+    """Name -> shape of all weights, from the first bytes of their files. Raises UserError if there are none."""
     shapes: dict[str, list[int]] = {}
-    if index.is_file():
-        files = [folder / name for name in sorted({*json.loads(index.read_text("utf-8"))["weight_map"].values()})]
-    if not files:
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            head = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        shapes |= {name: facts["shape"] for name, facts in head.items() if name != "__metadata__"}
+    if not shapes:
         raise UserError("holds no .safetensors file, and others are not read: save it anew with transformers")
-    for file in files:
-        try:
-            with file.open("rb") as stream:
-                size = int.from_bytes(stream.read(8), "little")
-                head = json.loads(stream.read(min(size, 10**8)))
-            head.pop("__metadata__", None)
-            end = 8 + size + max(facts["data_offsets"][1] for facts in head.values())
-        except (OSError, ValueError) as fault:
-            raise UserError(f"{file.name} cannot be read ({first_line(fault)}); copy or download it again") from None
-        if file.stat().st_size != end:
-            raise UserError(f"{file.name} has {file.stat().st_size:,} bytes of {end:,}; copy or download it again")
-        shapes |= {name: facts["shape"] for name, facts in head.items()}
     return shapes
 
 

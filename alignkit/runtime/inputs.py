@@ -19,7 +19,7 @@ def model_digest(raw: dict[str, Any]) -> dict[str, str]:
     path = raw["model"]["path"]
     if path is None:
         return {}
-    return {"model": open_artifact(path).digest if _is_place(path) else path}
+    return {"model": open_artifact(path).digest if is_place(path) else path}
 
 
 def start_of_reward_model(config: RunConfig, whole: bool = True) -> Artifact | None:
@@ -34,13 +34,13 @@ def start_of_reward_model(config: RunConfig, whole: bool = True) -> Artifact | N
         )
     if config.model.trust_remote_code:
         raise UserError("model.trust_remote_code=true: a reward model starts from transformers' own classes alone")
-    if not whole and not _is_place(path):
+    if not whole and not is_place(path):
         return Artifact(Path(path), "", {})
-    place = path if _is_place(path) else str(fetch(path, config.model.revision))
+    place = path if is_place(path) else str(fetch(path, config.model.revision))
     return open_artifact(place, ("sft", "ppo"), whole)
 
 
-def _is_place(path: str) -> bool:
+def is_place(path: str) -> bool:
     """Whether it is a folder, there or not, and no Hub id, which has at most one slash."""
     return Path(path).expanduser().exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1
 

@@ -24,6 +24,7 @@ GOOD = lines(map(pair, range(3)))
 MEND = "; mend the row or set data.on_bad_row=skip"
 JUNK = "copy or download it again"
 KNOWN = (
+    "info+summaries+choice, subreddit+title+post+summary, "
     "prompt+chosen+rejected, conversations+chosen+rejected, chosen+rejected, prompt+responses, prompt+response, "
     "prompt+completion, conversations, messages, instruction+output, text+label, text"
 )
@@ -155,7 +156,7 @@ def test_a_file_that_may_not_be_read(run, refused, here, no_stage, monkeypatch):
 
 
 def test_no_pairs_for_a_reward_model(run, refused, here, no_stage):
-    (here / "a.jsonl").write_bytes(lines({"prompt": f"q {i}", "response": f"a {i}"} for i in range(60)))
+    (here / "a.jsonl").write_bytes(lines({"prompt": f"q {i}", "response": f"a {i}"} for i in range(90)))
     line = "data: no preference pairs; a reward model needs prompt+chosen+rejected rows or labelled texts"
     refused(lambda: run("rlhf", data="jsonl", **{"data.path": "a.jsonl"}), line)
 

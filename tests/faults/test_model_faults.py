@@ -110,7 +110,7 @@ FILES = {  # what is wrong with `policy`, told before a folder is made -> the li
                                         "a fault (Expecting property name enclosed in double quotes: line 1 column "
                                         "2 (char 1)); "
                                         "copy the adapter again"),
-    "an empty folder": (lambda folder: [file.unlink() for file in folder.iterdir()], "'{policy}' holds neither "
+    "an empty folder": (lambda folder: [file.unlink() for file in folder.iterdir()], "'{policy}': neither "
         "manifest.json "
                         "(a finished stage) nor config.json (a Hugging Face model)"),
     "a stage cut off": (lambda folder: [(folder / "config.json").unlink(), (folder / "manifest.json").write_text("{")],
@@ -135,7 +135,7 @@ def placed(whole: Path, here: Path, spoil=None, name: str = "policy") -> dict[st
 def test_a_fault_of_the_files_is_told_before_a_folder_is_made(run, refused, no_stage, whole, here, spoil, line):
     known = placed(whole, here, spoil)
     words = line.format(**known).replace("./policy/", "policy/")
-    refused(lambda: run("sft", **{**SMALL, "policy": None, "model.path": "./policy"}), words)
+    refused(lambda: run("sft", **{**SMALL, "policy": None, "model.path": "./policy"}), f"model.path=./policy: {words}")
 
 
 WEIGHTS = {  # what is wrong with `policy`, told where it is loaded -> the line
@@ -152,36 +152,34 @@ WEIGHTS = {  # what is wrong with `policy`, told where it is loaded -> the line
         "loaded from "
                                   f"'{{folder}}': {NORM} has the shape (7,) in the file, (32,) by config.json; "
                                   f"{AGAIN}"),
-    "an architecture that is unknown": (changed("config.json", lambda held: held.update(model_type="zzz")), "no "
-        "model could "
-                                        "be loaded from '{folder}': The checkpoint you are trying to load has model "
+    "an architecture that is unknown": (changed("config.json", lambda held: held.update(model_type="zzz")), "policy="
+        "policy: its config cannot be read: The checkpoint you are trying to load has model "
                                         "type "
                                         "`zzz` but Transformers does not recognize this architecture. This could be "
                                         "because "
                                         "of an issue with the checkpoint, or because your version of Transformers "
                                         "is out of "
                                         "date."),
-    "a size that is no number": (changed("config.json", lambda held: held.update(hidden_size="many")), "no "
-        "tokenizer could "
-                                 "be loaded from '{folder}': Validation error for field 'hidden_size': TypeError: "
+    "a size that is no number": (changed("config.json", lambda held: held.update(hidden_size="many")), "policy="
+        "policy: its config cannot be read: Validation error for field 'hidden_size': TypeError: "
                                  "Field "
                                  "'hidden_size' expected int, got str (value: 'many')"),
-    "no tokenizer": (without_tokenizer, "'{folder}' holds no tokenizer: expected tokenizer.json or tokenizer.model "
+    "no tokenizer": (without_tokenizer, "policy=policy: '{folder}' holds no tokenizer: expected "
+                                        "tokenizer.json or tokenizer.model "
                                         "beside the "
                      "weights"),
-    "another tokenizer": (changed("config.json", lambda held: held.update(vocab_size=200)), "'{folder}': its "
-        "tokenizer has "
+    "another tokenizer": (changed("config.json", lambda held: held.update(vocab_size=200)), "policy=policy: "
+                          "'{folder}': its tokenizer has "
                           "280 tokens, its model embeddings of 200: they do not belong together; put the model's own "
                           "tokenizer there"),
-    "a template that does not parse": (text("chat_template.jinja", "{% for %}"), "the model's chat template refuses "
-        "turns of "
+    "a template that does not parse": (text("chat_template.jinja", "{% for %}"), "policy: the model's chat "
+                                       "template refuses turns of "
                                        "user: Expected an expression, got 'end of statement block'"),
 }  # fmt: skip
 SCORERS = {  # what is wrong with `reward` -> the line
-    "three labels": (three_labels, "'{folder}' has 3 labels; a reward model has one score (num_labels: 1)"),
-    "a policy": (tensors(lambda held: held.pop("score.weight")), "'{folder}' has no weights for score.weight (1 "
-        "missing in "
-                 "all): it is cut off, or of another kind"),
+    "three labels": (three_labels, "reward.path=reward: has 3 labels; a reward model has one score (num_labels: 1)"),
+    "a policy": (tensors(lambda held: held.pop("score.weight")), "reward.path=reward: holds no weights of "
+        "a score, which would be random: it is no reward model"),
     "NaN in the head": (tensors(put("score.weight", float("nan"))), "'{folder}': score.weight holds NaN or "
         "infinity: this "
                         "model cannot be used; take an earlier one"),

@@ -37,9 +37,14 @@ def ppo(run, whole, here, monkeypatch):
     def call(then: str = "pass", purpose: str = "new", **changes) -> tuple[int, list[str]]:
         import sys
 
-        monkeypatch.delitem(sys.modules, "own_reward", raising=False)
-        (here / "own_reward.py").write_text(REWARD.format(then=then))
-        words = {"name": "a", "trusted": ["own_reward"], "reward": "function", "reward.function": "own_reward.score"}
+        monkeypatch.delitem(sys.modules, "spoilt_reward", raising=False)
+        (here / "spoilt_reward.py").write_text(REWARD.format(then=then))
+        words = {
+            "name": "a",
+            "trusted": ["spoilt_reward"],
+            "reward": "function",
+            "reward.function": "spoilt_reward.score",
+        }
         words |= {"reward.timeout": 0.5, "checkpoint.every_iterations": 1}
         settings = {key: value for key, value in SMALL.items() if not key.startswith("reward.")}
         return run("ppo", purpose, **{**settings, **words, **changes})
@@ -55,13 +60,13 @@ ALL = "; 8 of 8 responses have no score"
 REWARDS = {  # what the function does in the second iteration -> what is said of it
     "raises": (
         "raise ValueError('no luck')",
-        "own_reward.score: ValueError: no luck ({here}/own_reward.py, line 8)" + ALL,
+        "spoilt_reward.score: ValueError: no luck ({here}/spoilt_reward.py, line 8)" + ALL,
     ),
-    "hangs": ("time.sleep(60)", "own_reward.score: no answer within 0.5 s" + ALL),
+    "hangs": ("time.sleep(60)", "spoilt_reward.score: no answer within 0.5 s" + ALL),
     "returns NaN": ("return [float('nan')] * len(responses)", "8 of 8 scores are not finite"),
-    "returns too few": ("return [1.0]", "own_reward.score: answered 1 scores to 8 responses" + ALL),
-    "returns texts": ("return ['a'] * 8", "own_reward.score: answered 'a' where a number was expected" + ALL),
-    "exits": ("raise SystemExit(3)", "own_reward.score: SystemExit: 3 ({here}/own_reward.py, line 8)" + ALL),
+    "returns too few": ("return [1.0]", "spoilt_reward.score: answered 1 scores to 8 responses" + ALL),
+    "returns texts": ("return ['a'] * 8", "spoilt_reward.score: answered 'a' where a number was expected" + ALL),
+    "exits": ("raise SystemExit(3)", "spoilt_reward.score: SystemExit: 3 ({here}/spoilt_reward.py, line 8)" + ALL),
 }
 
 
@@ -145,23 +150,24 @@ def test_a_rank_tells_of_a_full_disk_in_one_line_even_where_its_report_finds_no_
     assert failure.of_a_full_disk(ValueError("no luck")) == ""
 
 
-PLACES = {
-    "a file": ("runs/kept/summary.json", "Not a directory"),
-    "a place that cannot be written": ("/proc/runs", "No such file or directory"),
-    "a device": ("/dev/null/runs", "Not a directory"),
+PLACES = {  # what is wrong with `runs_dir` -> what is said of it
+    "a file": ("runs/kept/summary.json", "nothing can be written in runs/kept/summary.json: the run keeps all"),
+    "a place without room": ("/proc/runs", "0.00 MiB free, the run writes up to "),
+    "a device": ("/dev/null/runs", "nothing can be written in /dev/null: the run keeps all it makes there; choose "),
 }
 
 
 @pytest.mark.parametrize("place, why", PLACES.values(), ids=PLACES)
-def test_a_folder_that_cannot_be_written(ppo, refused, no_stage, place, why, here):
-    ppo_files = here / "own_reward.py"
-    ppo_files.write_text(REWARD.format(then="pass"))
-    whole = Path(place) if place.startswith("/") else here / place
-    refused(lambda: ppo(runs_dir=place), f"runs_dir={place}: no folder {whole / 'a'} can be written: {why}")
+def test_a_folder_that_cannot_be_written(ppo, no_stage, place, why, here):
+    (here / "spoilt_reward.py").write_text(REWARD.format(then="pass"))
+    before = {file for file in here.rglob("*") if "__pycache__" not in file.parts}
+    code, (told,) = ppo(runs_dir=place)
+    assert code == 2 and told.startswith(f"error: runs_dir={place}: {why}")
+    assert {file for file in here.rglob("*") if "__pycache__" not in file.parts} == before
 
 
 def test_a_second_run_in_the_same_folder(ppo, refused, no_stage, here):
-    (here / "own_reward.py").write_text(REWARD.format(then="pass"))
+    (here / "spoilt_reward.py").write_text(REWARD.format(then="pass"))
     (here / "runs" / "a").mkdir()
     with (here / "runs" / "a" / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -189,7 +195,9 @@ def test_ctrl_c_while_a_stage_runs_in_this_process(ppo, here):
     code, told = ppo("import signal; signal.raise_signal(signal.SIGINT); time.sleep(1)")
     assert (code, told) == (
         130,
-        ["error: stopped by SIGINT: finished stages are kept; `alignkit resume runs/a` goes on"],
+        [
+            "error: stopped by SIGINT: finished stages are kept; `alignkit resume runs/a 'trusted=[spoilt_reward]'` goes on"
+        ],
     )
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     check_earlier(here)

@@ -215,7 +215,7 @@ def test_fewer_prompts_than_a_batch_is_an_error_and_no_hang(here, monkeypatch, c
     words = ["ppo.batch=512", "ppo.episodes=512", "tracking=none", "name=i"]
     assert alignkit(monkeypatch, "rlhf", *SMALL, *words) == 2
     told = capsys.readouterr().err
-    assert "takes 512 prompts (ppo.batch" in told and "lower ppo.batch" in told
+    assert "an iteration takes 512 (ppo.batch" in told and "lower ppo.batch" in told
 
 
 def test_a_reward_model_with_other_tokens_reads_the_texts(here, monkeypatch, capsys):

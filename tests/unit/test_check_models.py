@@ -170,19 +170,24 @@ def test_weights_that_are_cut_off_missing_or_of_another_format_are_refused(look,
     file = policy / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
-    size = f"{len(whole) - 1:,} bytes of {len(whole):,}"
-    assert look()[0] == [f"policy={policy}: model.safetensors has {size}; copy or download it again"]
+    sizes = f"expected {len(whole):,} bytes, got {len(whole) - 1:,}"
+    assert look()[0] == [f"policy={policy}: {file}: {sizes}; copy or download the model again"]
     file.write_bytes(b"<html>")
     (said,), *_ = look()
-    assert said.startswith(f"policy={policy}: model.safetensors cannot be read (")
+    assert said.startswith(f"policy={policy}: {file}: expected a .safetensors file, got something else")
     file.rename(policy / "pytorch_model.bin")
+    (said,), *_ = look()
+    assert said.startswith(
+        f"policy={policy}: '{policy}': expected weights in .safetensors files, got pytorch_model.bin"
+    )
+    (policy / "pytorch_model.bin").unlink()
     assert look()[0] == [
         f"policy={policy}: holds no .safetensors file, and others are not read: save it anew with transformers"
     ]
-    index = {"weight_map": {"a": "model-1.safetensors"}}
-    (policy / "model.safetensors.index.json").write_text(json.dumps(index))
+    index = policy / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     (said,), *_ = look()
-    assert said.startswith(f"policy={policy}: model-1.safetensors cannot be read ([Errno 2] No such file")
+    assert said.startswith(f"policy={policy}: {index}: model-1.safetensors is not there (1 of 1 files missing)")
 
 
 def test_headers_tell_every_shape_without_the_weights(policy):
