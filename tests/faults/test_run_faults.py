@@ -37,13 +37,13 @@ def ppo(run, whole, here, monkeypatch):
     def call(then: str = "pass", purpose: str = "new", **changes) -> tuple[int, list[str]]:
         import sys
 
-        monkeypatch.delitem(sys.modules, "spoilt_reward", raising=False)
-        (here / "spoilt_reward.py").write_text(REWARD.format(then=then))
+        monkeypatch.delitem(sys.modules, "my_reward", raising=False)
+        (here / "my_reward.py").write_text(REWARD.format(then=then))
         words = {
             "name": "a",
-            "trusted": ["spoilt_reward"],
+            "trusted": ["my_reward"],
             "reward": "function",
-            "reward.function": "spoilt_reward.score",
+            "reward.function": "my_reward.score",
         }
         words |= {"reward.timeout": 0.5, "checkpoint.every_iterations": 1}
         settings = {key: value for key, value in SMALL.items() if not key.startswith("reward.")}
@@ -60,13 +60,13 @@ ALL = "; 8 of 8 responses have no score"
 REWARDS = {  # what the function does in the second iteration -> what is said of it
     "raises": (
         "raise ValueError('no luck')",
-        "spoilt_reward.score: ValueError: no luck ({here}/spoilt_reward.py, line 8)" + ALL,
+        "my_reward.score: ValueError: no luck ({here}/my_reward.py, line 8)" + ALL,
     ),
-    "hangs": ("time.sleep(60)", "spoilt_reward.score: no answer within 0.5 s" + ALL),
+    "hangs": ("time.sleep(60)", "my_reward.score: no answer within 0.5 s" + ALL),
     "returns NaN": ("return [float('nan')] * len(responses)", "8 of 8 scores are not finite"),
-    "returns too few": ("return [1.0]", "spoilt_reward.score: answered 1 scores to 8 responses" + ALL),
-    "returns texts": ("return ['a'] * 8", "spoilt_reward.score: answered 'a' where a number was expected" + ALL),
-    "exits": ("raise SystemExit(3)", "spoilt_reward.score: SystemExit: 3 ({here}/spoilt_reward.py, line 8)" + ALL),
+    "returns too few": ("return [1.0]", "my_reward.score: answered 1 scores to 8 responses" + ALL),
+    "returns texts": ("return ['a'] * 8", "my_reward.score: answered 'a' where a number was expected" + ALL),
+    "exits": ("raise SystemExit(3)", "my_reward.score: SystemExit: 3 ({here}/my_reward.py, line 8)" + ALL),
 }
 
 
@@ -159,7 +159,7 @@ PLACES = {  # what is wrong with `runs_dir` -> what is said of it
 
 @pytest.mark.parametrize("place, why", PLACES.values(), ids=PLACES)
 def test_a_folder_that_cannot_be_written(ppo, no_stage, place, why, here):
-    (here / "spoilt_reward.py").write_text(REWARD.format(then="pass"))
+    (here / "my_reward.py").write_text(REWARD.format(then="pass"))
     before = {file for file in here.rglob("*") if "__pycache__" not in file.parts}
     code, (told,) = ppo(runs_dir=place)
     assert code == 2 and told.startswith(f"error: runs_dir={place}: {why}")
@@ -167,7 +167,7 @@ def test_a_folder_that_cannot_be_written(ppo, no_stage, place, why, here):
 
 
 def test_a_second_run_in_the_same_folder(ppo, refused, no_stage, here):
-    (here / "spoilt_reward.py").write_text(REWARD.format(then="pass"))
+    (here / "my_reward.py").write_text(REWARD.format(then="pass"))
     (here / "runs" / "a").mkdir()
     with (here / "runs" / "a" / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -195,9 +195,7 @@ def test_ctrl_c_while_a_stage_runs_in_this_process(ppo, here):
     code, told = ppo("import signal; signal.raise_signal(signal.SIGINT); time.sleep(1)")
     assert (code, told) == (
         130,
-        [
-            "error: stopped by SIGINT: finished stages are kept; `alignkit resume runs/a 'trusted=[spoilt_reward]'` goes on"
-        ],
+        ["error: stopped by SIGINT: finished stages are kept; `alignkit resume runs/a 'trusted=[my_reward]'` goes on"],
     )
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     check_earlier(here)
