@@ -58,10 +58,16 @@ def as_others_load(folder: Path, scores: bool) -> nn.Module:
     """As somebody without alignkit: by transformers, an adapter by peft on a float32 base. Raises UserError."""
     try:
         if adapter_facts(folder) is None:
-            return (AutoModelForSequenceClassification if scores else AutoModelForCausalLM).from_pretrained(folder)
+            return (AutoModelForSequenceClassification if scores else AutoModelForCausalLM).from_pretrained(
+                folder, trust_remote_code=False
+            )
         import peft
 
-        options: dict[str, Any] = {"dtype": torch.float32, **({"num_labels": 1} if scores else {})}
+        options: dict[str, Any] = {
+            "dtype": torch.float32,
+            "trust_remote_code": False,
+            **({"num_labels": 1} if scores else {}),
+        }
         kind = peft.AutoPeftModelForSequenceClassification if scores else peft.AutoPeftModelForCausalLM
         return kind.from_pretrained(str(folder), **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -130,7 +130,7 @@ def open_artifact(path: str, stages: Sequence[str] = (), whole: bool = True) -> 
         raise UserError(f"'{path}' does not exist: expected the folder of a finished stage or of a Hugging Face model")
     facts = adapter_facts(folder)
     if facts is None and not (folder / "config.json").is_file():
-        raise UserError(f"'{path}': neither manifest.json (a finished stage) nor config.json (a Hugging Face model)")
+        raise UserError(f"'{path}' has neither manifest.json (a finished stage) nor config.json (a Hugging Face model)")
     refuse_broken_files(folder)
     if not whole:
         return Artifact(folder.resolve(), "", {})

@@ -10,6 +10,7 @@ from typing import Literal
 from alignkit.data.corpus import Corpus
 from alignkit.errors import UserError
 from alignkit.observe.run_folder import PREFLIGHT
+from alignkit.observe.secrets import without_secrets
 from alignkit.reward.source import chain_key
 from alignkit.runtime.artifact import write_json
 from alignkit.runtime.config import RunConfig
@@ -62,7 +63,8 @@ def preflight(recipe: str, config: RunConfig, mode: str, corpus: Corpus | None) 
     found += check_disk(recipe, config, numbers)
     if not lines(found, "error"):
         found += check_memory(recipe, config, numbers)
-    return [*found, *check_tracking(config.tracking.mode, mode), *check_versions()]
+    found += [*check_tracking(config.tracking.mode, mode), *check_versions()]
+    return [Finding(each.level, *map(without_secrets, (each.where, each.what, each.why, each.mend))) for each in found]
 
 
 def lines(findings: Sequence[Finding], level: str) -> list[str]:

@@ -20,7 +20,8 @@ def check_data(recipe: str, config: RunConfig, corpus: Corpus, reward_model: boo
     """What is wrong with the data for this recipe, and how much of it there is. reward_model: whether one is made."""
     ppo = "ppo" in TRAINS[recipe]
     needs = {"demonstrations": "sft" in TRAINS[recipe], "pairs": reward_model, "prompts": ppo or recipe == "evaluate"}
-    found, counts = [*_leaks(corpus)], []
+    leaks, counts = [*_leaks(corpus)], []
+    found = [*leaks]
     for name in [name for name, needed in needs.items() if needed]:
         train, heldout = (getattr(split, name) for split in (corpus.train, corpus.heldout))
         least = min(map(len, corpus.heldout.contrast or [heldout])) if name == "pairs" else len(heldout)
@@ -37,7 +38,8 @@ def check_data(recipe: str, config: RunConfig, corpus: Corpus, reward_model: boo
         found.append(error("data", f"{there} training prompts", why, "lower ppo.batch or give more data"))
     if any(finding.level == "error" for finding in found):
         return found
-    return [*found, fact("data", ", ".join([*counts, "no prompt on both sides"]))]
+    sound = [] if leaks else ["no prompt on both sides"]
+    return [*found, fact("data", ", ".join([*counts, *sound]))]
 
 
 def _leaks(corpus: Corpus) -> Iterator[Finding]:

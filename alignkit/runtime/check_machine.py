@@ -21,6 +21,7 @@ from alignkit.runtime.rules import TRAINS
 
 PATIENCE = 3.0  # seconds for a server to answer
 SMALL = 0.02  # share of the memory below which models are not worth a plan
+SEVERAL = ("frontier", "overoptimize", "denoise")  # recipes that have a stage more than once
 WEIGHTS, STATE, TRAINING = 4, 12, 40  # bytes a parameter: in a model folder, a checkpoint, and of PPO's four models
 
 
@@ -91,19 +92,21 @@ def check_disk(recipe: str, config: RunConfig, numbers: int | None) -> Iterator[
             where, f"nothing can be written in {as_typed(place)}", "the run keeps all it makes there", "choose another"
         )
         return
-    free, stages = shutil.disk_usage(place).free, TRAINS[recipe]
-    if numbers is None:
-        yield fact("disk", f"{amount(free)} free; what the run takes is not known without its model's weights")
+    usage, stages = shutil.disk_usage(place), TRAINS[recipe]
+    free = usage.free
+    if numbers is None or not stages or not usage.total:  # total: some file systems do not tell
+        yield fact("disk", f"{amount(free)} free; what the run takes is not known before it begins")
         return
     models, adapted = WEIGHTS * numbers * len(stages), config.peft.method != "none"
     state = 0 if adapted or not stages else STATE * numbers * (2 if "ppo" in stages else 1)
     checkpoints = state * (config.checkpoint.keep_last + 1)
-    what = (
-        f"{amount(free)} free, the run writes up to {amount(models)} of models and {amount(checkpoints)} of checkpoints"
-    )
+    most = "at least" if recipe in SEVERAL else "up to"
+    what = f"{amount(free)} free, the run writes {most} {amount(models)} of models"
+    what += f" and {amount(checkpoints)} of checkpoints"
     mend = "make room, choose another runs_dir or lower checkpoint.keep_last"
     if free < WEIGHTS * numbers + state:
-        yield error(where, what, "there is no room for one model and one checkpoint", mend)
+        why = "unless they are there already, there is no room for one model and one checkpoint"
+        yield warning(where, what, why, mend)
     elif free < models + checkpoints:
         yield warning(where, what, "unless some of it is there already, the disk will be full before the end", mend)
     else:
@@ -113,6 +116,9 @@ def check_disk(recipe: str, config: RunConfig, numbers: int | None) -> Iterator[
 def check_memory(recipe: str, config: RunConfig, numbers: int | None) -> Iterator[Finding]:
     """The plan of the run's memory against what a GPU has, or a CPU for all of its ranks."""
     gpus, processes = visible_gpus(), config.launch.processes
+    if gpus is None:
+        yield fact("memory", "not planned: nvidia-smi does not tell what the GPUs have")
+        return
     if gpus and processes > len(gpus):
         what = f"{len(gpus)} GPU{'s' * (len(gpus) > 1)} to be seen here"
         yield error(f"launch.processes={processes}", what, "each rank takes one", f"set it to {len(gpus)}")
@@ -133,7 +139,8 @@ def check_memory(recipe: str, config: RunConfig, numbers: int | None) -> Iterato
     what = f"{top.name} ({top.moment}) takes {amount(top.total * ranks)} of {have}"
     mend = f"`alignkit plan {recipe} ... --gpu-memory={total / ranks / 2**30:.3g}` says what helps"
     if top.total * ranks > total:
-        yield error("memory", what, "the run would end there", mend)
+        why = "with rows of full length, which the plan is for, the run would end there"
+        yield warning("memory", what, why, mend)
     elif top.total * ranks > min(0.9 * total, free):
         why = f"{amount(free)} are free, and buffers and fragmentation take more than is planned"
         yield warning("memory", what, why, mend)
@@ -141,8 +148,10 @@ def check_memory(recipe: str, config: RunConfig, numbers: int | None) -> Iterato
         yield fact("memory", what)
 
 
-def visible_gpus() -> list[tuple[int, int]]:
-    """Total and free bytes of each GPU that a rank would see, [] without; asked of the driver."""
+def visible_gpus() -> list[tuple[int, int]] | None:
+    """Total and free bytes of each GPU that a rank would see, asked of the driver; []: none, None: not told."""
+    if metadata.version("torch").endswith("+cpu"):
+        return []
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
     command = ["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
@@ -150,9 +159,10 @@ def visible_gpus() -> list[tuple[int, int]]:
             command + ([f"--id={wanted}"] if wanted else []), capture_output=True, text=True, timeout=20, check=True
         ).stdout
         rows = [line.split(",") for line in told.splitlines()]
-        return [] if wanted == "" else [(int(total) * 2**20, int(free) * 2**20) for total, free in rows]
-    except (OSError, subprocess.SubprocessError, ValueError):  # no driver, or memory that it does not tell
-        return []
+        return [] if wanted in ("", "-1") else [(int(total) * 2**20, int(free) * 2**20) for total, free in rows]
+    except (OSError, subprocess.SubprocessError, ValueError):  # no driver, one of another maker, shared memory, a slice
+        there = any(Path(place).exists() for place in ("/proc/driver/nvidia", "/dev/kfd"))
+        return None if there and wanted not in ("", "-1") else []
 
 
 def cpu_memory() -> tuple[int, int]:

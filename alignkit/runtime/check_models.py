@@ -72,9 +72,13 @@ def read(key: str, path: str, starts: bool, scores: bool, config: RunConfig) -> 
         require_hub(path, spec.revision)
     folder = model_folder(open_artifact(path, whole=False).path) if here else path
     facts = adapter_facts(folder)
-    options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code} if starts else {}
+    revision = spec.revision if starts and not facts else None
     try:
-        found = AutoConfig.from_pretrained(str(facts["base_model_name_or_path"] if facts else folder), **options)
+        found = AutoConfig.from_pretrained(
+            str(facts["base_model_name_or_path"] if facts else folder),
+            revision=revision or "main",
+            trust_remote_code=starts and spec.trust_remote_code,  # said: left out, transformers asks the terminal
+        )
     except Exception as fault:  # of transformers, of the Hub, or of what checks a config's fields
         raise UserError(f"its config cannot be read: {first_line(fault)}") from None
     shapes = headers(Path(folder)) if here else {}

@@ -230,8 +230,11 @@ def _unfit(cls: type, group: str) -> str:
     for call in (ways[0] for ways in has.values() if "(" in ways[0]):
         name, given = call.partition("(")[0], call[:-1].partition("(")[2].split(", ")
         named = {word[:-1]: None for word in given if word.endswith("=")}
+        if not inspect.isroutine(method := getattr(cls, name, None)):  # a field: what it holds is not known yet
+            continue
+        signature = inspect.signature(method)
         try:
-            (signature := inspect.signature(getattr(cls, name))).bind("self", *given[len(named) :], **named)
+            signature.bind("self", *given[len(named) :], **named)
         except TypeError as error:
             return f"has {name}{signature}, which {group} calls as {call}: {error}"
     return ""

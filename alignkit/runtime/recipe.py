@@ -79,7 +79,8 @@ def ask(verb: str, words: list[str], recipes: Iterable[str], call: Callable[[str
     its jobs. Returns the exit code."""
     recipe = words[0] if words else ""
     if recipe not in recipes:
-        return report(f"{verb}: no recipe '{recipe}' that trains; those are {', '.join(recipes)}", 2)
+        said = f"'{recipe}' is no recipe that trains" if recipe else "which recipe?"
+        return report(f"{verb}: {said}; as in `alignkit {verb} rlhf ppo.batch=32`, of {', '.join(recipes)}", 2)
     with tempfile.TemporaryDirectory() as aside:  # Hydra makes a folder for a sweep
         sys.argv = [f"alignkit {verb} {recipe}", *words[1:], f"hydra.sweep.dir={aside}"]
         return composed(recipe, lambda raw: call(recipe, raw))
@@ -108,14 +109,14 @@ def run_job(name: str, chain: Callable[[Run], None], raw: dict[str, Any], purpos
         code, words = 1, str(error)
     except StageFailed as error:
         code, words = error.exit_code, str(error)
-    except Exception as error:
-        code, words = 1, of_a_full_disk(error)
-        if not words:
-            raise
     except Stopped as stop:
         number, code, words = stop.number, stop.exit_code, f"stopped by {stop}{_what_is_left(run, stop.saved)}"
     except KeyboardInterrupt:  # launch=inline
         code, words = 130, f"stopped by SIGINT{_what_is_left(run, 'finished stages are kept')}"
+    except Exception as error:
+        code, words = 1, of_a_full_disk(error)
+        if not words:
+            raise
     finally:
         words = without_secrets(words)
         team.close(code, words)

@@ -72,9 +72,10 @@ def synchronize() -> None:
 def make_trainer(options: argparse.Namespace) -> PPOTrainer:
     """Four models and a trainer that makes `batch` sequences an update and one optimizer step an epoch."""
     dtype = getattr(torch, options.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(options.policy, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(options.policy, padding_side="left", trust_remote_code=False)
     policy, reference = (
-        AutoModelForCausalLM.from_pretrained(options.policy, dtype=dtype, use_safetensors=True) for _ in range(2)
+        AutoModelForCausalLM.from_pretrained(options.policy, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        for _ in range(2)
     )
     reward, value = (
         AutoModelForSequenceClassification.from_pretrained(

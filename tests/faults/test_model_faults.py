@@ -110,7 +110,7 @@ FILES = {  # what is wrong with `policy`, told before a folder is made -> the li
                                         "a fault (Expecting property name enclosed in double quotes: line 1 column "
                                         "2 (char 1)); "
                                         "copy the adapter again"),
-    "an empty folder": (lambda folder: [file.unlink() for file in folder.iterdir()], "'{policy}': neither "
+    "an empty folder": (lambda folder: [file.unlink() for file in folder.iterdir()], "'{policy}' has neither "
         "manifest.json "
                         "(a finished stage) nor config.json (a Hugging Face model)"),
     "a stage cut off": (lambda folder: [(folder / "config.json").unlink(), (folder / "manifest.json").write_text("{")],

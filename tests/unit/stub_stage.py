@@ -31,6 +31,8 @@ from dataclasses import dataclass
 import torch, torch.distributed as dist
 def wait():
     {wait}
+class NoLuck(BaseException):  # a plain exception here would be a mistake of the user's class
+    pass
 def act():
     open("acted", "w").close()
     {act}
@@ -44,7 +46,7 @@ class X:
 """
 """The last rank of a process group acts, the others wait."""
 COLLECTIVE, COMPUTING = "dist.all_reduce(torch.ones(1))", "[i for i in iter(int, 1)]"
-RAISING, KILLED = "raise ZeroDivisionError('no such luck')", "time.sleep(0.2); os.kill(os.getpid(), signal.SIGKILL)"
+RAISING, KILLED = "raise NoLuck('no such luck')", "time.sleep(0.2); os.kill(os.getpid(), signal.SIGKILL)"
 
 
 def composed(recipe: str = "sft") -> dict:

@@ -406,7 +406,7 @@ def test_what_is_no_model_is_refused_with_the_reason(store, tmp_path):
     (damaged / "model" / "model.safetensors").write_text("cut")
     reasons = {
         str(tmp_path / "nowhere"): "does not exist: expected the folder of a finished stage or of a Hugging Face model",
-        str(tmp_path / "empty"): "neither manifest.json (a finished stage) nor config.json (a Hugging Face model)",
+        str(tmp_path / "empty"): "has neither manifest.json (a finished stage) nor config.json (a Hugging Face model)",
         str(damaged): "is damaged: model/model.safetensors is missing, cut off or changed; make it again",
     }
     for path, reason in reasons.items():

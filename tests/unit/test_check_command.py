@@ -80,7 +80,7 @@ def test_what_a_recipe_asks_for_is_told_beside_what_is_wrong_with_the_machine(cl
     code, _, err = cli("check", "rlhf", *words, "policy=x")
     assert (code, err) == (2, "error: policy=x is not used by alignkit rlhf, which trains its own; use alignkit ppo\n")
     code, _, err = cli("check", "evaluate")
-    assert (code, err.partition(" that")[0]) == (2, "error: check: no recipe 'evaluate'")
+    assert (code, err.partition(" that")[0]) == (2, "error: check: 'evaluate' is no recipe")
     code, _, err = cli("check", "rlhf", "ppo.eopchs=1")
     assert (code, err) == (2, "error: ppo.eopchs: unknown key; did you mean ppo.epochs?\n")
 

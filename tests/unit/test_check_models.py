@@ -1,7 +1,9 @@
 """The preflight of models that the settings name: small folders, each spoilt in one way, and the line that tells it."""
 
+import io
 import json
 
+import evil_world
 import pytest
 from safetensors.torch import load_file, save_file
 from stub_stage import composed
@@ -9,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from alignkit.data.corpus import Corpus, Demonstration, Pair, Split
-from alignkit.runtime.check import lines
+from alignkit.runtime.check import lines, preflight
 from alignkit.runtime.check_models import check_models, headers
 from alignkit.runtime.config import load, with_changes
 from alignkit.runtime.inputs import named_models
@@ -225,3 +227,21 @@ def test_a_hub_id_that_is_neither_cached_nor_within_reach_is_refused(look):
         "model.path=nobody/nothing: no folder here and not in the Hub's cache, and https://huggingface.co is out of "
         "reach"
     ]
+
+
+@pytest.mark.parametrize("name", ["policy", "scorer"])
+def test_code_of_a_model_is_not_run_though_the_terminal_would_say_yes(
+    look, policy, scorer, name, tmp_path, monkeypatch
+):
+    evil_world.remote({"policy": policy, "scorer": scorer}[name], tmp_path / "mark")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    (said, *_), *_ = look()
+    assert "its config cannot be read" in said and not (tmp_path / "mark").exists()
+
+
+def test_a_secret_in_what_is_found_is_hidden(raw, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://bob:hunter2secret@127.0.0.1:9")
+    found = preflight("rlhf", load(raw), "online", None)
+    assert any("127.0.0.1:9" in each.line for each in found)
+    assert not any("hunter2secret" in each.line for each in found)

@@ -75,13 +75,15 @@ print("hello from rank", os.environ["RANK"], flush=True)
 if os.environ["RANK"] == "0":
     open("up0", "w").close()
     time.sleep(600)
+class NoLuck(BaseException):  # a plain exception here would be a mistake of the user's class
+    pass
 @dataclass
 class X:
     coef = target = estimator = place = next = None
     def __post_init__(self):
         while not os.path.exists("up0"):
             time.sleep(0.02)
-        raise ZeroDivisionError("no such luck")
+        raise NoLuck("no such luck")
 """
 
 
@@ -90,9 +92,9 @@ def test_a_rank_that_raises_is_told_with_its_cause_and_the_place_of_the_log(make
     with pytest.raises(StageFailed) as failed:
         run_stage(job, settings(processes=2), 1)
     first, *tail, last = str(failed.value).splitlines()
-    assert first == "sft: rank 1 failed: ZeroDivisionError: no such luck"
+    assert first == "sft: rank 1 failed: NoLuck: no such luck"
     assert failed.value.exit_code == 1
-    assert tail[-1] == "ZeroDivisionError: no such luck"
+    assert tail[-1].endswith("NoLuck: no such luck")
     assert "stub_of_a_rank.py" in "\n".join(tail)
     assert len(tail) <= 6
     logs = Path(last.removeprefix("whole traceback: "))
@@ -115,8 +117,8 @@ def test_a_failing_rank_ends_the_stage_on_all_and_is_named_though_others_wait_fo
     assert failed.value.exit_code == 1
     assert processes_of(job) == []
     if fail == RAISING:
-        assert first == "sft: rank 1 failed: ZeroDivisionError: no such luck"
-        assert "ZeroDivisionError: no such luck" in tail
+        assert first == "sft: rank 1 failed: NoLuck: no such luck"
+        assert any(line.endswith("NoLuck: no such luck") for line in tail)
     else:
         log = job.parent / "logs" / "rank1.log"
         assert first == f"sft: rank 1 was killed by SIGKILL (out of memory?); its last words are in {log}"

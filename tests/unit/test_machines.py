@@ -308,7 +308,7 @@ def test_stages_run_on_both_and_a_signal_to_either_lets_all_ranks_save_and_end(l
     assert logs == {**{f"rank{r}.log": f"rank {r}\n" for r in range(4)}, "machine1.log": ""}
     both[1].send_signal(signal.SIGTERM)
     (code0, out0, err0), (code1, out1, err1) = ends(both)
-    assert (code0, code1) == (143, 143)
+    assert (code0, code1) == (143, 143), (err0, err1)
     stopped = "stopped by SIGTERM: sft saved a checkpoint after step 7; `alignkit resume runs/a` goes on\n"
     assert (err0, err1) == (f"error: {stopped}", f"error: machine 0: {stopped}")
     assert "rank 0\n" in out0 and "rank 0\n" not in out1

@@ -117,7 +117,7 @@ def test_a_tokenizer_without_a_separator_is_refused(base, tmp_path):
 def start(policy, path):
     fake = Run.__new__(Run)
     model = SimpleNamespace(path=path, revision="main", trust_remote_code=False)
-    fake.recipe = "reward_model"
+    fake.recipe, fake.purpose = "reward_model", "new"
     fake.config = SimpleNamespace(policy=policy, model=model, reward=SimpleNamespace(path=None))
     return fake.start()
 

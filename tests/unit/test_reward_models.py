@@ -125,7 +125,7 @@ def test_mistakes_of_the_server_are_one_line(reward_folder, tmp_path, capsys):
         taken.listen()
         port = str(taken.getsockname()[1])
         wrong = {
-            (str(tmp_path),): f"'{tmp_path}': neither manifest.json",
+            (str(tmp_path),): f"'{tmp_path}' has neither manifest.json",
             (str(reward_folder / "model"), "--batch", "0"): "--batch 0: expected at least 1",
             (
                 str(reward_folder),
