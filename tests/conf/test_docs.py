@@ -31,6 +31,7 @@ ROOMS = "alignkit|algo|data|models|rollout|reward|stages|runtime|observe|tests|r
 FILE = re.compile(rf"(?:{ROOMS})/\S+\.(?:py|yaml|json|svg)(?:::\w+)?")
 METRIC = re.compile(r"(?:sft|reward_model|ppo|evaluate)/[a-z_0-9]+")
 KEY = re.compile(rf"^\+{{0,2}}((?:{'|'.join(groups())})\.[a-z_0-9.]+)(?:=\S*)?$")
+RECIPE_FIRST = {"run", "load_config"}  # calls that take a recipe and settings
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,6 +83,19 @@ def test_python_commands_name_files_and_modules_that_exist(page):
         assert importlib.util.find_spec(module), module
     for file in re.findall(r"^python ((?:tests|recipes|docs)/\S+\.py)", text, re.M):
         assert (ROOT / file).is_file(), file
+
+
+def test_the_python_of_the_page_on_python_takes_public_names_and_settings_that_pass():
+    from alignkit import load_config
+
+    bodies = fences(PAGES["docs/pages/python.md"], "python")
+    nodes = [node for body in bodies for node in ast.walk(ast.parse(body))]
+    asked = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert asked and asked <= {*alignkit.__all__}
+    called = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") in RECIPE_FIRST]
+    assert {node.func.id for node in called} == RECIPE_FIRST
+    for node in called:
+        assert load_config(*(ast.literal_eval(word) for word in node.args)).trusted == []
 
 
 @pytest.mark.parametrize("page", PAGES)
