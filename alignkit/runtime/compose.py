@@ -24,7 +24,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alignkit.errors import UserError
-from alignkit.runtime.config import REFUSED, conf_dir
+from alignkit.runtime.config import REFUSED, abbreviated, conf_dir
 from alignkit.runtime.shipped import find_recipes
 from alignkit.runtime.sweep import Sweep
 from alignkit.runtime.sweep_logs import sweep_figures
@@ -201,7 +201,7 @@ def _unknown_key(key: str, conf: Path, name: str) -> str:
             keys = list(_leaves(plain(hydra.compose(name), resolve=False)))
     except (HydraException, OmegaConfBaseException):
         pass
-    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.7)
+    near = abbreviated(key, keys) or difflib.get_close_matches(key, keys, n=3, cutoff=0.7)
     near = near or [known for known in keys if known.split(".")[-1] == key.split(".")[-1]][:3]
     hint = f"did you mean {' or '.join(near)}?" if near else f"alignkit {name} --cfg job shows all keys"
     return f"{key}: unknown key; {hint}"

@@ -254,12 +254,19 @@ def _fault(path: str, item: ErrorDetails, names: list[str]) -> str:
     return f"{place}: expected {expected}, got {item['input']!r}; set it with {place}=VALUE"
 
 
+def abbreviated(key: str, names: list[str]) -> list[str]:
+    """The dotted names of the same group whose first letters the key is: lr of learning_rate."""
+    group, _, short = key.rpartition(".")
+    ours = [name for name in names if name.rpartition(".")[0] == group]
+    return [name for name in ours if short == "".join(word[:1] for word in name.rpartition(".")[2].split("_"))]
+
+
 def _unknown(path: str, key: str, names: list[str]) -> str:
     """`ppo.eopchs: unknown key; did you mean ppo.epochs?`"""
     prefix = f"{path}." if path else ""
     if f"{prefix}{key}" in REFUSED:
         return f"{prefix}{key}: {REFUSED[f'{prefix}{key}']}"
-    near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+    near = abbreviated(str(key), names) or difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
     hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(names)}"
     return f"{prefix}{key}: unknown key; {hint}"
 

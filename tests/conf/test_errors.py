@@ -34,6 +34,7 @@ def refused(ended: tuple[int, list[str]], *expected: str) -> None:
 
 
 MISTAKES = {
+    "abbreviated key": (["ppo.lr=1e-3"], ["ppo.lr: unknown key; did you mean ppo.learning_rate?"]),
     "misspelt key": (["ppo.eopchs=4"], ["ppo.eopchs: unknown key; did you mean ppo.epochs?"]),
     "misspelt group": (["pppo.epochs=4"], ["pppo.epochs: unknown key; did you mean ppo.epochs?"]),
     "key without its group": (
