@@ -73,7 +73,7 @@ def test_the_card_says_where_the_model_comes_from_and_how_good_it_is(run, monkey
 
 
 def test_no_secret_and_no_path_of_this_machine_leaves(run, monkeypatch, capsys):
-    data = {**defaults()["data"], "path": ["~/work/x.jsonl", "/home/me/pairs.jsonl.gz"], "token": "abc123"}
+    data = {**defaults()["data"], "path": ["~/mine/x.jsonl", "/home/me/pairs.jsonl.gz"], "token": "abc123"}
     folder = run("sft", "reward_model", "ppo", data=data)
     assert call(monkeypatch, capsys, "a")[0] == 0
     for name in ("README.md", "config.yaml"):
