@@ -14,9 +14,9 @@ from itertools import cycle, islice
 from pathlib import PurePath
 from typing import Literal, NamedTuple
 
-from alignkit.data.corpus import Corpus, Demonstration, Pair, Split, split_fraction
+from alignkit.data.corpus import Corpus, Demonstration, Pair, Split, split_fraction, to_imitate
 from alignkit.data.formats import Labelled, Row, convert_row
-from alignkit.data.rankings import Ranked, to_imitate
+from alignkit.data.rankings import Ranked
 from alignkit.data.strength import Treatment
 from alignkit.data.values import listed
 from alignkit.errors import UserError

@@ -74,8 +74,6 @@ class Corpus:
         """Demonstrations and pairs in any order, the share `heldout` of their prompts held out (by a hash: see
         `split_fraction`). A row without a prompt goes by its text, a ranking by its name. Where no row is a
         demonstration, SFT imitates the preferred responses."""
-        from alignkit.data.rankings import to_imitate
-
         pairs, notes = [row for row in rows if isinstance(row, Pair)], []
         demonstrations = [row for row in rows if isinstance(row, Demonstration)]
         if not demonstrations:
@@ -126,6 +124,21 @@ def fingerprint_of(source: DataSource, seed: int) -> str:
         return source.fingerprint()
     corpus = load_corpus(source, seed)
     return hashlib.sha256(repr((corpus.train, corpus.heldout, corpus.judge)).encode("utf-8", "replace")).hexdigest()
+
+
+def to_imitate(rows: Sequence[Demonstration | Pair]) -> list[Demonstration]:
+    """The demonstrations, and of each pair the chosen response; of a ranking the best alone (or those level with it),
+    once."""
+    beaten = {(row.ranking, row.rejected) for row in rows if isinstance(row, Pair) and row.ranking}
+    found: dict[object, Demonstration] = {}
+    for number, row in enumerate(rows):
+        if isinstance(row, Demonstration):
+            found[number] = row
+        elif (row.ranking, row.chosen) not in beaten:
+            found.setdefault(
+                (row.ranking, row.chosen) if row.ranking else number, Demonstration(row.prompt, row.chosen)
+            )
+    return list(found.values())
 
 
 def _is_held_out(row: Demonstration | Pair, heldout: float) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignkit.data.corpus import Demonstration, Pair, Prompt
+from alignkit.data.corpus import Pair, Prompt
 from alignkit.data.values import (
     as_turns,
     margin_value,
@@ -82,21 +82,6 @@ def places_by_ranking(pairs: Sequence[Pair]) -> list[list[int]]:
     for place, pair in enumerate(pairs):
         groups.setdefault(pair.ranking or place, []).append(place)
     return list(groups.values())
-
-
-def to_imitate(rows: Sequence[Demonstration | Pair]) -> list[Demonstration]:
-    """The demonstrations, and of each pair the chosen response; of a ranking the best alone (or those level with it),
-    once."""
-    beaten = {(row.ranking, row.rejected) for row in rows if isinstance(row, Pair) and row.ranking}
-    found: dict[object, Demonstration] = {}
-    for number, row in enumerate(rows):
-        if isinstance(row, Demonstration):
-            found[number] = row
-        elif (row.ranking, row.chosen) not in beaten:
-            found.setdefault(
-                (row.ranking, row.chosen) if row.ranking else number, Demonstration(row.prompt, row.chosen)
-            )
-    return list(found.values())
 
 
 def _reply(value: object, key: str) -> str:

@@ -2,40 +2,20 @@
 loaded, nothing is written; torch is imported only where a model is named, or a large one is to be built."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 from alignkit.data.corpus import Corpus
-from alignkit.errors import UserError
 from alignkit.observe.run_folder import PREFLIGHT
 from alignkit.observe.secrets import without_secrets
 from alignkit.reward.source import chain_key
 from alignkit.runtime.artifact import write_json
+from alignkit.runtime.check_data import check_data
+from alignkit.runtime.check_machine import check_disk, check_memory, check_tracking, check_versions
 from alignkit.runtime.config import RunConfig
+from alignkit.runtime.findings import Finding, lines, refuse
 from alignkit.runtime.inputs import named_models, num_parameters
 from alignkit.runtime.rules import TRAINS
-
-
-@dataclass(frozen=True)
-class Finding:
-    """level: error (the run cannot end well), warning (it may not), fact (what was looked at, and is as it should be).
-    where: the setting, file or package; what: is found there; why: it matters; mend: what to do."""
-
-    level: Literal["error", "warning", "fact"]
-    where: str
-    what: str
-    why: str = ""
-    mend: str = ""
-
-    @property
-    def line(self) -> str:
-        """As it is told."""
-        return f"{self.where}: {self.what}" + f": {self.why}" * bool(self.why) + f"; {self.mend}" * bool(self.mend)
-
-
-error, warning, fact = (partial(Finding, level) for level in ("error", "warning", "fact"))
 
 
 class Checked(Exception):
@@ -45,9 +25,6 @@ class Checked(Exception):
 def preflight(recipe: str, config: RunConfig, mode: str, corpus: Corpus | None) -> list[Finding]:
     """Everything that was found. mode: of W&B; corpus: None where the data or a model cannot be read at all, of which
     is told elsewhere."""
-    from alignkit.runtime.check_data import check_data  # which import what is above
-    from alignkit.runtime.check_machine import check_disk, check_memory, check_tracking, check_versions
-
     found: list[Finding] = []
     stages = [config.bench.stage] if config.bench else TRAINS[recipe]
     named = named_models(stages, config)
@@ -65,17 +42,6 @@ def preflight(recipe: str, config: RunConfig, mode: str, corpus: Corpus | None) 
         found += check_memory(recipe, config, numbers)
     found += [*check_tracking(config.tracking.mode, mode), *check_versions()]
     return [Finding(each.level, *map(without_secrets, (each.where, each.what, each.why, each.mend))) for each in found]
-
-
-def lines(findings: Sequence[Finding], level: str) -> list[str]:
-    """The lines of one level, each once."""
-    return list(dict.fromkeys(finding.line for finding in findings if finding.level == level))
-
-
-def refuse(findings: Sequence[Finding]) -> None:
-    """Raise UserError with every error there is."""
-    if errors := lines(findings, "error"):
-        raise UserError("\n".join(errors))
 
 
 def settle(findings: Sequence[Finding], begins: bool) -> None:

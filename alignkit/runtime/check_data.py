@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from alignkit.data.corpus import Corpus, Prompt, Split
-from alignkit.runtime.check import Finding, error, fact, warning
 from alignkit.runtime.config import RunConfig
+from alignkit.runtime.findings import Finding, error, fact, warning
 from alignkit.runtime.rules import TRAINS
 
 FEW = 100  # held-out rows from which a share is known to within a tenth either way (95%)

@@ -15,8 +15,8 @@ from alignkit.errors import UserError
 from alignkit.observe.closing import as_typed
 from alignkit.observe.progress import amount
 from alignkit.observe.wandb_mode import server
-from alignkit.runtime.check import Finding, error, fact, warning
 from alignkit.runtime.config import RunConfig
+from alignkit.runtime.findings import Finding, error, fact, warning
 from alignkit.runtime.rules import TRAINS
 
 PATIENCE = 3.0  # seconds for a server to answer

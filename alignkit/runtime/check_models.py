@@ -20,9 +20,9 @@ from alignkit.models.tokenizer import end_of_turn, first_line, start_tokenizer
 from alignkit.reward.model import RewardModel, units
 from alignkit.reward.rendered import own_encoder, same_rendering
 from alignkit.runtime.artifact import open_artifact
-from alignkit.runtime.check import Finding, error, fact, warning
 from alignkit.runtime.check_machine import is_reached
 from alignkit.runtime.config import RunConfig
+from alignkit.runtime.findings import Finding, error, fact, warning
 from alignkit.runtime.inputs import is_place
 
 SAMPLE, MANY = 200, 0.1  # rows whose tokens are counted, and the share from which it is told that they are too long

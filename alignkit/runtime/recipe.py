@@ -16,9 +16,10 @@ from alignkit.observe.closing import as_typed, closing_words
 from alignkit.observe.leaderboard import check_objective
 from alignkit.observe.secrets import without_secrets
 from alignkit.observe.wandb_mode import decide_mode
-from alignkit.runtime.check import Checked, lines, preflight, refuse
+from alignkit.runtime.check import Checked, preflight
 from alignkit.runtime.config import RunConfig, conf_dir, load
 from alignkit.runtime.failure import of_a_full_disk
+from alignkit.runtime.findings import lines, refuse
 from alignkit.runtime.launch import follow
 from alignkit.runtime.machines import Team, facts_of
 from alignkit.runtime.outer import is_extra_task, with_outer

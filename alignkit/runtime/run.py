@@ -28,9 +28,10 @@ from alignkit.runtime.artifact import (
     write_json,
     write_whole,
 )
-from alignkit.runtime.check import Finding, keep, preflight, settle
+from alignkit.runtime.check import keep, preflight, settle
 from alignkit.runtime.compose import as_yaml, read_option
 from alignkit.runtime.config import RunConfig, load, with_changes
+from alignkit.runtime.findings import Finding
 from alignkit.runtime.inputs import (
     check_bench,
     check_judge,

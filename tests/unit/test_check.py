@@ -11,7 +11,7 @@ from stub_stage import composed
 from alignkit.data.corpus import Corpus, Demonstration, Pair, Split
 from alignkit.errors import UserError
 from alignkit.runtime import check_machine
-from alignkit.runtime.check import lines, preflight
+from alignkit.runtime.check import preflight
 from alignkit.runtime.check_data import check_data
 from alignkit.runtime.check_machine import (
     check_disk,
@@ -23,6 +23,7 @@ from alignkit.runtime.check_machine import (
     visible_gpus,
 )
 from alignkit.runtime.config import RunConfig, load, with_changes
+from alignkit.runtime.findings import lines
 
 GIB = 2**30
 

@@ -11,9 +11,10 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from alignkit.data.corpus import Corpus, Demonstration, Pair, Split
-from alignkit.runtime.check import lines, preflight
+from alignkit.runtime.check import preflight
 from alignkit.runtime.check_models import check_models, headers
 from alignkit.runtime.config import load, with_changes
+from alignkit.runtime.findings import lines
 from alignkit.runtime.inputs import named_models
 
 WORDS = "the harbour was quiet before the storm came in from the west"
