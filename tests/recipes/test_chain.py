@@ -218,6 +218,7 @@ def test_fewer_prompts_than_a_batch_is_an_error_and_no_hang(here, monkeypatch, c
     assert "an iteration takes 512 (ppo.batch" in told and "lower ppo.batch" in told
 
 
+@pytest.mark.slow
 def test_a_reward_model_with_other_tokens_reads_the_texts(here, monkeypatch, capsys):
     words = ["model.vocab_size=600", "tracking=none", "name=j"]
     assert alignkit(monkeypatch, "sft", *SMALL, *words) == 0

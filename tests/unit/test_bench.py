@@ -78,7 +78,7 @@ def lora() -> PeftSettings:
     return PeftSettings(**read_option("peft", "lora"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_limits_are_finite_rates(cluster, dtype):
     from dataclasses import replace
 

@@ -196,6 +196,7 @@ def test_a_push_makes_the_workspace_and_a_second_one_updates_it_in_place(server,
     assert (last["name"], len(last["panels"])) == ("Theirs", 1)
 
 
+@pytest.mark.slow
 def test_a_workspace_that_was_deleted_is_made_again_and_each_project_has_its_own(server, push):
     assert push("--entity=team", "--project=p")[0] == 0
     assert server.saved[0]["entityName"] == "team" and server.saved[0]["projectName"] == "p"

@@ -41,7 +41,7 @@ def column(job, name):
     return {row["reward_model/step"]: row[name] for row in rows_of(job) if name in row}
 
 
-@pytest.mark.parametrize("peft", ["none", "lora"])
+@pytest.mark.parametrize("peft", ["none", pytest.param("lora", marks=pytest.mark.slow)])
 def test_rankings_over_several_epochs_with_early_stopping_resume_to_the_same_bits(peft, base, cluster, tmp_path):
     """Killed when the best weights are older than the checkpoint that it goes on from."""
     jobs = [job_of(base, tmp_path / name, peft, patience=3) for name in ("straight", "killed")]

@@ -329,7 +329,7 @@ def test_a_rank_that_is_killed_on_one_machine_ends_the_run_on_both(launchers, tm
     assert processes_of(tmp_path) == []
 
 
-@pytest.mark.parametrize("dead", [0, 1])
+@pytest.mark.parametrize("dead", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_launcher_that_is_killed_ends_the_run_on_the_other_machine(launchers, tmp_path, dead):
     job = write_job(tmp_path, composed(), OBEYING, "obeying")
     both = launchers(job)

@@ -187,6 +187,7 @@ def test_an_objective_that_no_job_can_have_or_that_is_misspelt(cli):
     assert code == 2 and "objective=sft/eval_los: not in the summary of the job; did you mean sft/eval_loss?" in err
 
 
+@pytest.mark.slow
 def test_optuna_is_given_the_objective_and_looks_in_its_direction(cli):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     words = (*WORDS, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2")
