@@ -71,11 +71,14 @@ def synchronize() -> None:
 
 def make_trainer(options: argparse.Namespace) -> PPOTrainer:
     """Four models and a trainer that makes `batch` sequences an update and one optimizer step an epoch."""
-    loading = {"dtype": getattr(torch, options.dtype), "use_safetensors": True, "trust_remote_code": False}
+    kind = {"dtype": getattr(torch, options.dtype), "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(options.policy, padding_side="left", trust_remote_code=False)
-    policy, reference = (AutoModelForCausalLM.from_pretrained(options.policy, **loading) for _ in range(2))
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(options.policy, use_safetensors=True, **kind) for _ in range(2)
+    )
     reward, value = (
-        AutoModelForSequenceClassification.from_pretrained(options.reward, num_labels=1, **loading) for _ in range(2)
+        AutoModelForSequenceClassification.from_pretrained(options.reward, num_labels=1, use_safetensors=True, **kind)
+        for _ in range(2)
     )
     if options.gradient_checkpointing:
         policy.gradient_checkpointing_enable()

@@ -184,8 +184,11 @@ def test_a_sweep_is_planned_job_by_job(cli):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ((), "plan: no recipe '' that trains; those are rlhf, sft, reward_model, ppo, denoise, frontier"),
-        (("evaluate",), "plan: no recipe 'evaluate' that trains; those are rlhf, sft"),
+        ((), "plan: which recipe?; as in `alignkit plan rlhf ppo.batch=32`, of rlhf, sft, reward_model, ppo, denoise"),
+        (
+            ("evaluate",),
+            "plan: 'evaluate' is no recipe that trains; as in `alignkit plan rlhf ppo.batch=32`, of rlhf, sft",
+        ),
         (("rlhf", "--gpu-memory=much"), "--gpu-memory=much: expected the GiB of one GPU, as in --gpu-memory=80"),
         (("rlhf", "--gpu-memory"), "--gpu-memory=: expected the GiB of one GPU, as in --gpu-memory=80"),
         (("rlhf", "ppo.eopchs=2"), "ppo.eopchs: unknown key; did you mean ppo.epochs?"),

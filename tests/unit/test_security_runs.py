@@ -129,8 +129,8 @@ def test_files_in_the_working_folder_stand_for_no_installed_module(here):
 def test_the_working_folder_comes_last_and_only_with_a_module_that_is_trusted(settings, here):
     load(settings)
     assert str(here) not in sys.path
-    with pytest.raises(UserError, match="'mine.C' cannot be imported: No module named 'mine'"):
-        load({**settings, "kl": {"_target_": "mine.C"}, "trusted": ["mine"]})
+    with pytest.raises(UserError, match="'nobodys.C' cannot be imported: No module named 'nobodys'"):
+        load({**settings, "kl": {"_target_": "nobodys.C"}, "trusted": ["nobodys"]})
     assert sys.path.index(str(here)) == len(sys.path) - 1
 
 
