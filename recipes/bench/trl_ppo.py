@@ -76,9 +76,9 @@ def make_trainer(options: argparse.Namespace) -> PPOTrainer:
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(options.policy, use_safetensors=True, **kind) for _ in range(2)
     )
+    scorer = AutoModelForSequenceClassification
     reward, value = (
-        AutoModelForSequenceClassification.from_pretrained(options.reward, num_labels=1, use_safetensors=True, **kind)
-        for _ in range(2)
+        scorer.from_pretrained(options.reward, num_labels=1, use_safetensors=True, **kind) for _ in range(2)
     )
     if options.gradient_checkpointing:
         policy.gradient_checkpointing_enable()

@@ -7,7 +7,7 @@ import json
 import time
 
 import pytest
-from conftest import settings_of
+from fault_world import settings_of
 
 from alignkit.runtime.config import load
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EARLIER, SMALL
+from fault_world import EARLIER, SMALL
 from safetensors.torch import load_file, save_file
 
 from alignkit.errors import UserError

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import EARLIER, SMALL
+from fault_world import EARLIER, SMALL
 
 import alignkit.stages.ppo
 from alignkit.runtime import failure, worker
