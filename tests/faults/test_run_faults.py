@@ -191,7 +191,15 @@ def test_a_clock_that_jumps_by_two_hours_at_every_look(ppo, here, monkeypatch, j
     assert seconds and all(0 <= value <= took for key, value in seconds.items() if "per_second" not in key), seconds
 
 
-def test_ctrl_c_while_a_stage_runs_in_this_process(ppo, here):
+@pytest.fixture
+def listening():
+    """Ctrl-C means what it does in a terminal: a shell lets what it starts in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_while_a_stage_runs_in_this_process(listening, ppo, here):
     code, told = ppo("import os, signal; os.kill(os.getpid(), signal.SIGINT); time.sleep(1)")
     assert (code, told) == (
         130,
